@@ -1,0 +1,680 @@
+"""Faces in, pictures out: find a data set, decode it once, hand out augmented batches.
+
+    python data.py --data DIR           # what is in DIR: counts, images a person, sizes, unreadable files
+
+DIR is found, not configured. It may be, or lie above,
+
+    cls_data/{train,dev,test}/images/* + labels.txt     '<file> <integer>' a line (homework, 2025 and later)
+    cls_data/{train,dev}/<person>/*                     (homework, 2024)
+    <person>/*                                          any folder with one sub-folder a person
+
+with ver_data/* and val_pairs, test_pairs beside or inside it: .txt ('<image> <image> [0|1]', no header) or .csv
+(commas, a header). A set without val_pairs holds people out by seed and draws the pairs from them.
+
+An image is decoded once, brought upright to RGB as a viewer shows it, cropped to its central square, and put as
+uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the files it came from. A batch is
+gathered from the pack by index and augmented on the device, each image by its own dice.
+"""
+import argparse
+import hashlib
+import io
+import itertools
+import math
+import mmap
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+# ---- Files: what lies where, and who is on it ----------------------------------------------------------------
+
+class Pairs(NamedTuple):
+    """Pairs to verify: files[left[i]] against files[right[i]]; labels (n,) of 0/1, or None where not told."""
+    files: list
+    left: np.ndarray
+    right: np.ndarray
+    labels: np.ndarray | None
+    path: Path | None = None
+
+
+def lines(path):
+    """(number, text) of the lines that are not blank; a BOM, CRLF and names in any encoding are all right."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
+        yield from ((i, line.strip()) for i, line in enumerate(f, 1) if line.strip())
+
+
+def within(folder, name, where):
+    """folder/name as a string. ValueError when that leaves the folder or is not there."""
+    path = os.path.join(folder, name)
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise ValueError(f"{where}: '{name}' leaves {folder}; name images inside it")
+    if not os.path.isfile(path):
+        raise ValueError(f"{where}: no image '{name}' in {folder}; copy it there or delete the line")
+    return path
+
+
+def read_labels(folder):
+    """(files, labels) of a folder with images/ and labels.txt; labels are the file's own integers."""
+    seen, labels, images = {}, [], os.path.join(folder, "images")
+    for i, line in lines(os.path.join(folder, "labels.txt")):
+        where, (name, _, label) = f"{folder}/labels.txt:{i}", line.rpartition(" ")
+        if not label.isdecimal() or not name:
+            raise ValueError(f"{where}: '{line}' is not '<file> <label>' with a label of 0, 1, 2, ...")
+        name = name.strip()
+        if name in seen:
+            raise ValueError(f"{where}: '{name}' stands on line {seen[name]} already; keep one of them")
+        if " " in name and not os.path.isfile(os.path.join(images, name)):
+            raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name '{name}'")
+        within(images, name, where)
+        seen[name] = i
+        labels.append(int(label))
+    return [os.path.join(images, name) for name in seen], labels
+
+
+def read_people(folder):
+    """(files, labels) of a folder with one sub-folder a person; labels are the sub-folders' names."""
+    found = [(f.path, person.name)
+             for person in sorted(os.scandir(folder), key=lambda e: e.name) if person.is_dir()
+             for f in sorted(os.scandir(person), key=lambda e: e.name)
+             if os.path.splitext(f.name)[1].lower() in SUFFIXES]
+    return [f for f, _ in found], [p for _, p in found]
+
+
+def read_split(folder):
+    """(files, labels) of a folder in either layout; labels None for images/ without labels.txt, None for none."""
+    if os.path.isfile(os.path.join(folder, "labels.txt")):
+        return read_labels(folder)
+    if not os.path.isdir(folder):
+        return None
+    files, labels = read_people(folder)
+    return (files, None) if set(labels or [""]) <= {"images"} else (files, labels)
+
+
+def read_pairs(path, folder):
+    """Pairs from a .txt or .csv file whose image names are relative to folder."""
+    comma = str(path).lower().endswith(".csv")
+    rows = [(i, [c.strip() for c in line.split("," if comma else None)]) for i, line in lines(path)][comma:]
+    if not rows:
+        raise ValueError(f"{path}: no pairs in it; write '<image> <image> <0|1>' a line")
+    width, number, sides, labels = len(rows[0][1]), {}, [], []
+    for i, row in rows:
+        where = f"{path}:{i}"
+        if len(row) != width or width not in (2, 3):
+            raise ValueError(f"{where}: {len(row)} columns; write two images and, in every line or none, 0 or 1")
+        if row[2:] not in ([], ["0"], ["1"]):
+            raise ValueError(f"{where}: label '{row[2]}'; write 1 for the same person, 0 for two people")
+        sides.append([number.setdefault(within(folder, name, where), len(number)) for name in row[:2]])
+        labels += map(int, row[2:])
+    left, right = np.array(sides).T
+    if labels and len(set(labels)) == 1:
+        raise ValueError(f"{path}: every pair has label {labels[0]}; an EER needs pairs of both kinds")
+    return Pairs(list(number), left, right, np.array(labels) if labels else None, Path(path))
+
+
+def find_pairs(root, name):
+    """The pairs of root/name.txt or .csv, there or in ver_data; None where there are none."""
+    spots = [root / sub / f"{name}{end}" for sub in ("", "ver_data") for end in (".txt", ".csv")]
+    path = next((p for p in spots if p.is_file()), None)
+    images = root / "ver_data" if (root / "ver_data").is_dir() else root
+    return read_pairs(path, images) if path else None
+
+
+def find_root(path):
+    """The folder at or below path that holds cls_data or the people's folders."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; --data takes the folder that holds cls_data or people's folders")
+    found = next((hits for d in range(4) if (hits := sorted(path.glob("*/" * d + "cls_data")))), [])
+    if len(found) > 1:
+        raise ValueError(f"{path}: several data sets ({', '.join(str(f.parent) for f in found)}); name one of them")
+    if found:
+        return found[0].parent
+    while len(inside := [e for e in os.scandir(path) if e.is_dir() and e.name[0] != "."]) == 1 \
+            and not read_people(path)[0]:
+        path = Path(inside[0].path)
+    return path
+
+
+def hold_out(files, labels, share, seed, most=5000):
+    """(rest, Pairs): a share of the people with two images or more leaves the training set, and all their genuine
+    pairs (up to 10 a person, `most` in all) and as many impostor pairs are drawn from them."""
+    images = {}
+    for i, person in enumerate(labels):
+        images.setdefault(person, []).append(i)
+    rng = np.random.default_rng(seed)
+    several = [p for p in images if len(images[p]) > 1]
+    n = min(max(2, round(share * len(several))), len(images) - 2)
+    if n < 2 or len(several) < 2:
+        raise ValueError(f"{len(images)} people, {len(several)} of them with two images or more, are too few to hold"
+                         " two out for validation; add people, or a val_pairs.txt, or train with --holdout 0")
+    held = [several[i] for i in rng.permutation(len(several))[:n]]
+    genuine = []
+    for p in held:
+        both = list(itertools.combinations(images[p], 2))
+        genuine += [both[i] for i in rng.permutation(len(both))[:10]]
+    genuine = [genuine[i] for i in rng.permutation(len(genuine))[:most]]
+    impostor = [tuple(rng.choice(images[held[p]]) for p in rng.choice(len(held), 2, replace=False))
+                for _ in genuine]
+    ids, ends = np.unique(np.array(genuine + impostor), return_inverse=True)
+    labels01 = np.repeat([1, 0], len(genuine))
+    gone = set(held)
+    return ([i for i, p in enumerate(labels) if p not in gone],
+            Pairs([files[i] for i in ids], *ends.reshape(-1, 2).T, labels01))
+
+
+def load(path, holdout=0.1, seed=0):
+    """Everything --data names: root; names (of the identities, class c is names[c]); train, dev, test, each
+    (files, labels (n,)) or None, labels None where not told; val_pairs, test_pairs (Pairs or None); note, a line
+    about what was decided. ValueError, naming file, line and remedy, for what cannot be used."""
+    root = find_root(path)
+    top = root / "cls_data" if (root / "cls_data").is_dir() else root
+    train = read_split(top / "train") if top != root else read_people(root)
+    if not train or not train[0] or train[1] is None:
+        raise ValueError(f"{top}: no labelled training images; expected cls_data/train/labels.txt with images/, or"
+                         " one sub-folder of images a person")
+    val, note = find_pairs(root, "val_pairs"), ""
+    if val is None and holdout:
+        rest, val = hold_out(*train, holdout, seed)
+        before = len(set(train[1]))
+        train = [[column[i] for i in rest] for column in train]
+        note = (f"no val_pairs: {before - len(set(train[1]))} of {before} people held out (seed {seed}) for"
+                f" {len(val.labels)} validation pairs")
+    names = sorted(set(train[1]))
+    if len(names) < 2:
+        raise ValueError(f"{top}: one person in all; a classifier needs two at least")
+    number = {name: c for c, name in enumerate(names)}
+
+    def numbered(split, folder):
+        if split is None or split[1] is None:
+            return split
+        strange = next((i for i, name in enumerate(split[1]) if name not in number), None)
+        if strange is not None:
+            raise ValueError(f"{folder}: {split[0][strange]} is of '{split[1][strange]}', who is not in the training"
+                             " set; take it out or add images of that person to train")
+        return split[0], np.array([number[name] for name in split[1]])
+
+    more = {s: numbered(read_split(top / s), top / s) if top != root else None for s in ("dev", "test")}
+    return SimpleNamespace(root=root, names=[str(n) for n in names], train=numbered(train, top), **more,
+                           val_pairs=val, test_pairs=find_pairs(root, "test_pairs"), note=note)
+
+
+# ---- Images: decoded once, kept in a pack ---------------------------------------------------------------------
+
+def rgb(file):
+    """A PIL image in RGB as a viewer shows it: EXIF rotation, palettes, grey, 16 bit, alpha (over white)."""
+    with Image.open(file) as im:
+        im = ImageOps.exif_transpose(im)
+        if im.mode.startswith(("I", "F")):                  # 16-bit PNG and TIFF: convert() would clip at 255
+            a = np.asarray(im, np.float32)
+            im = Image.fromarray((a / (257 if a.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+        if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:
+            im = im.convert("RGBA")
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        return im.convert("RGB")
+
+
+def decode(file, size):
+    """uint8 (size, size, 3): the central square of an image. ValueError naming the file if it cannot be read."""
+    try:
+        im = rgb(file)
+        return np.asarray(im if im.size == (size, size) else ImageOps.fit(im, (size, size), Image.BICUBIC))
+    except Exception as e:                                  # Pillow raises a dozen kinds on broken files
+        raise ValueError(f"{file}: not a readable image ({' '.join(str(e).split()) or type(e).__name__})") from None
+
+
+def native_size(files):
+    """The side most of the first hundred readable images have, within 32..256."""
+    sides = Counter()
+    for f in files[:100]:
+        try:
+            with Image.open(f) as im:
+                sides[min(im.size)] += 1
+        except Exception:
+            continue                                        # counted and reported when the pack is built
+    return min(256, max(32, sides.most_common(1)[0][0])) if sides else 112
+
+
+def progress(what, done, total, since, unit="images", every=[0.0]):
+    """One line with rate and time left, rewritten at most five times a second, only on a terminal."""
+    now = time.monotonic()
+    if sys.stderr.isatty() and (now - every[0] > 0.2 or done == total):
+        every[0], rate = now, done / max(now - since, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9)))
+        print(f"\r{what} {done}/{total}, {rate:.0f} {unit}/s, {left} left\x1b[K", end="\n" if done == total else "",
+              file=sys.stderr, flush=True)
+
+
+class Images:
+    """uint8 faces (n, S, S, 3) indexed by an array of row numbers: rows of a pack, or files decoded as asked."""
+
+    def __init__(self, files, size, rows=None):
+        self.files, self.size, self.rows, self.touched = files, size, rows, 0
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        index = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
+        if self.rows is None:
+            with ThreadPoolExecutor() as pool:
+                return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size), index)))
+        self.touched += index.size
+        if self.touched * self.size ** 2 * 3 > 2 ** 28 and hasattr(mmap, "MADV_DONTNEED"):
+            self.rows._mmap.madvise(mmap.MADV_DONTNEED)     # or every page ever read counts as resident memory
+            self.touched = 0
+        return self.rows[index]
+
+
+def cache_folder(root):
+    """Where packs are kept: root/.packs, or the user's cache where the data is read-only (as Kaggle's is)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    mark = hashlib.sha256(str(Path(root).resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    for folder in (Path(root) / ".packs", home / "face-packs" / mark):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            continue
+    raise ValueError(f"{root} is read-only and so is {home}; set XDG_CACHE_HOME to a folder with room for packs")
+
+
+def pack(files, size, cache, what="images"):
+    """(Images, good (k,)): the files at size x size and the row numbers of the readable ones. Unreadable files are
+    listed beside the pack; more than one in a hundred are a ValueError. The pack's name holds a digest of every
+    file's path, length and time, so changed files get a new one; it appears by renaming, whole or not at all.
+    Where the disk has no room the files are only checked now and decoded anew for each batch."""
+    digest = hashlib.sha256(f"1 {size}".encode())
+    for f in files:
+        s = os.stat(f)
+        digest.update(f"{f}\0{s.st_size} {s.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    stem = cache / f"{what}-{size}-{digest.hexdigest()[:16]}"
+    target, listing = stem.with_suffix(".npy"), stem.with_suffix(".unreadable.txt")
+    stream = not target.exists() and len(files) * size * size * 3 > 0.9 * shutil.disk_usage(cache).free
+    if not listing.exists() or not (stream or target.exists()):
+        temporary = stem.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            rows = None if stream else np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), size, size, 3))
+
+            def one(i):
+                try:
+                    a = decode(files[i], size)
+                    if rows is not None:
+                        rows[i] = a
+                except ValueError as e:
+                    return str(e)
+
+            bad, since = [], time.monotonic()
+            with ThreadPoolExecutor() as pool:
+                for i, error in enumerate(pool.map(one, range(len(files)))):
+                    if error:
+                        bad.append(f"{i}\t{error}\n")
+                    progress(f"decoding {what}", i + 1, len(files), since)
+            listing.write_text("".join(bad), "utf-8", "surrogateescape")
+            if rows is not None:
+                rows.flush()
+                os.replace(temporary, target)
+                for old in cache.glob(f"{what}-{size}-*.npy"):
+                    if old != target:                       # who still has it mapped keeps it until the end
+                        old.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+    bad = [line.split("\t", 1) for _, line in lines(listing)]
+    if len(bad) > 0.01 * len(files):
+        raise ValueError(f"{bad[0][1]}; {len(bad)} of {len(files)} {what} are unreadable, which is more than one in"
+                         f" a hundred: see {listing}, then mend or remove them")
+    if bad:
+        print(f"{len(bad)} of {len(files)} {what} are unreadable and left out: {listing}", file=sys.stderr)
+    good = np.setdiff1d(np.arange(len(files)), [int(i) for i, _ in bad])
+    return Images(files, size, None if stream else np.load(target, mmap_mode="r")), good
+
+
+# ---- Batches: gathered one ahead, augmented on the device -----------------------------------------------------
+
+def batches(images, order, device):
+    """For each index array of order: (index (B,), uint8 images (B, S, S, 3)) on the device. The next batch is
+    already under way: gathered by a thread into pinned memory, copied without waiting."""
+    def fetch(index):
+        both = torch.from_numpy(index), torch.from_numpy(images[index])
+        return [t.pin_memory() for t in both] if device.type == "cuda" else both
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for index in itertools.chain(order, [None]):
+            ready, ahead = ahead, None if index is None else pool.submit(fetch, index)
+            if ready:
+                yield [t.to(device, non_blocking=True) for t in ready.result()]
+
+
+def normalise(x):
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in -1..1 (mean 0.5, deviation 0.5), channels_last."""
+    return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+# strength of each augmentation and what it means; 0 switches it off
+AUGMENT = dict(mirror=(0.5, "probability of a mirror image"), rotate=(10, "largest rotation, degrees"),
+               shift=(0.05, "largest shift, share of the side"), zoom=(0.1, "largest zoom in or out, share"),
+               brightness=(0.2, "brightness factor within 1 -+ this"), contrast=(0.2, "contrast likewise"),
+               saturation=(0.2, "saturation likewise"), erase=(0.2, "probability of erasing a rectangle"))
+
+
+def augment(x, strength, size=None):
+    """uint8 (B, S, S, 3) -> float (B, 3, size, size) in -1..1, each image by its own dice (torch's generator).
+    One resampling does mirror, rotation, zoom, shift and size; one 3x3 matrix does the colours. Never upside down."""
+    b, s = len(x), SimpleNamespace(**strength)
+    u = torch.rand(b, 12, device=x.device) * 2 - 1                              # all the dice, in -1..1
+    x = x.permute(0, 3, 1, 2).float().contiguous()                              # (B, 3, S, S), 0..255
+    size = size or x.shape[-1]
+    angle, scale = u[:, 0] * math.radians(s.rotate), torch.exp(u[:, 1] * math.log1p(s.zoom))
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    flip = torch.where(u[:, 2] < 2 * s.mirror - 1, -1.0, 1.0)
+    dx, dy = u[:, 3] * 2 * s.shift, u[:, 4] * 2 * s.shift                       # the side is 2 in grid units
+    theta = torch.stack([cos * flip, -sin, dx, sin * flip, cos, dy], 1).view(b, 2, 3)
+    if s.mirror or s.rotate or s.zoom or s.shift or size != x.shape[-1]:
+        x = F.grid_sample(x, F.affine_grid(theta, (b, 3, size, size), align_corners=False),
+                          padding_mode="border", align_corners=False)
+    # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y
+    grey = x.new_tensor([0.299, 0.587, 0.114])
+    bright, contrast, colour = (1 + u[:, 5:8] * u.new_tensor([s.brightness, s.contrast, s.saturation])).T
+    matrix = (bright * contrast)[:, None, None] * (colour[:, None, None] * torch.eye(3, device=x.device)
+                                                   + (1 - colour)[:, None, None] * grey)
+    offset = (1 - contrast) * bright * (x.mean((2, 3)) @ grey)
+    x = torch.baddbmm(offset.view(b, 1, 1) / 127.5 - 1, matrix / 127.5, x.view(b, 3, -1)).clamp_(-1, 1)
+    x = x.view(b, 3, size, size)
+    if s.erase:                                                                 # a grey box of 10..40 % a side
+        half, centre = 0.125 + 0.075 * u[:, 8:10], u[:, 10:12]                  # (B, 2), in sides and in -1..1
+        at = torch.linspace(-1, 1, size, device=x.device)
+        inside = (at - centre[..., None]).abs() < 2 * half[..., None]           # (B, 2, size)
+        chosen = torch.rand(b, device=x.device) < s.erase
+        x.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None] & chosen[:, None, None])[:, None], 0)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# ---- Synthetic faces: for a machine without data ---------------------------------------------------------------
+
+# Synthetic faces: outlines filled from back to front. A point is x + iy in a square of -1..1, y down, eyes
+# near -0.08i as in a 112x112 ArcFace crop. PERSON is who it is, SHOT what a photograph changes: ranges, drawn
+# from uniformly. No row of PERSON tells people apart, SHOT outweighs them in raw pixels: it takes learning.
+PERSON = dict(
+    head=(.64, .84), chin=(.84, .97), jaw=(.03, .4), square=(.62, .95), ear=(.09, .19), ear_y=(-.06, .14),
+    eye_x=(.26, .38), eye_y=(-.14, -.02), eye_w=(.12, .18), eye_h=(.45, .8), tilt=(-.3, .25), lash=(.06, .2),
+    iris_r=(.38, .56), lid=(0, .4), brow_y=(.14, .29), brow_w=(.13, .21), brow_h=(.006, .04), arch=(0, .1),
+    slant=(-.03, .03), nose_y=(.16, .38), nose_w=(.06, .14), nose_h=(.04, .1), mouth_y=(.5, .66),
+    mouth_w=(.15, .3), upper=(.02, .08), lower=(.02, .09), corner=(-.03, .04), rouge=(0, .7), bald=(0, 1),
+    line=(-.72, -.36), temple=(-.35, .1), boxy=(1.5, 7), lock=(0, .35), lock_x=(-.7, .7), volume=(0, .16),
+    curl=(0, .07), mane=(0, 1.1), beard=(0, 1), chop=(.1, .7), stubble=(0, .8), specs=(0, 1), frame=(.4, 1))
+SHOT = dict(
+    roll=(-.13, .13), yaw=(-.24, .24), pitch=(-.1, .1), zoom=(.92, 1.06), dx=(-.07, .07), dy=(-.07, .07),
+    smile=(-.01, .11), gape=(-.06, .08), lift=(-.02, .03), squint=(.75, 1.1), gaze=(.2, .7), prop=(0, 1),
+    sun=(0, 6.28), relief=(.2, .8), exposure=(-.4, .2), warmth=(-.16, .2), gamma=(.75, 1.3), blur=(-.6, .6))
+COLOURS = dict(                                              # each person's is a blend, mostly of one or two
+    skin=[(255, 222, 196), (236, 184, 142), (178, 122, 84), (110, 72, 52)],
+    hair=[(178, 176, 174), (28, 22, 26), (92, 56, 34), (150, 94, 48), (236, 206, 146), (176, 74, 36)],
+    iris=[(66, 40, 24), (130, 84, 40), (84, 130, 70), (66, 128, 186)], metal=[(24, 22, 26), (214, 170, 70)])
+TURN, OVER, LINE = np.linspace(0, 2 * np.pi, 32), np.linspace(.12, -3.26, 40), np.linspace(-1, 1, 31)
+BUMP = 1 - LINE ** 2
+
+
+def oval(centre, rx, ry, power=1., turn=TURN):               # a superellipse: power < 1 is boxy
+    c, s = np.cos(turn), np.sin(turn)
+    return centre + rx * np.sign(c) * abs(c) ** power + 1j * ry * np.sign(s) * abs(s) ** power
+
+
+def between(x, top, bottom):
+    return np.append(x + 1j * top, (x + 1j * bottom)[::-1])
+
+
+def person(rng) -> SimpleNamespace:
+    """Somebody new: a value for each row of PERSON, a colour for each of COLOURS, moles or freckles."""
+    p = SimpleNamespace(**{k: rng.uniform(*row) for k, row in PERSON.items()})
+    vars(p).update({k: rng.dirichlet([.2] * len(row)) @ row for k, row in COLOURS.items()})
+    p.spots = rng.uniform((-.5, 0), (.5, .35), (rng.choice((0, 0, 0, 1, 2, 12)), 2)) @ (1, 1j)
+    return p
+
+
+def face(p, rng, size: int = 64) -> np.ndarray:
+    """A photograph of person p: (size, size, 3) uint8, a function of p and the generator's state alone."""
+    q = SimpleNamespace(**{k: rng.uniform(*row) for k, row in SHOT.items()})
+    wall = rng.integers(30, 226, (*rng.integers(1, 6, 2), 3), np.uint8)
+    canvas = Image.fromarray(wall).resize((size * 3,) * 2, Image.BILINEAR)    # and reduced: anti-aliasing
+    pen, skin, hair, haired = ImageDraw.Draw(canvas), p.skin, p.hair, p.bald > .1
+    turn, shift, swing = q.zoom * np.exp(1j * q.roll), 1 + q.dx + 1j + 1j * q.dy, q.yaw + 1j * q.pitch
+
+    def paint(colour, outline, depth=0., twice=False, when=True):                  # depth is what yaw moves
+        for z in [outline, -outline.conj()][:(1 + twice) * when]:
+            z = ((z + depth * swing) * turn + shift) * (size * 1.5)
+            pen.polygon(z.view(float).tolist(), fill=tuple(map(int, colour)))
+
+    def skull(turn):
+        return oval(0, p.head * (1 - p.jaw * np.maximum(np.sin(turn), 0) ** 2), p.chin, p.square, turn)
+
+    paint(hair * .8, oval(-.1j, p.head + .1 + p.volume, .3 + p.mane, .7), -.1, when=haired and p.mane > .5)
+    paint(skin * .78, between(LINE * .4, .5, 1.4), -.1)                            # neck
+    paint(skin, oval(p.head + 1j * p.ear_y, p.ear, .19), -.12, True)
+    paint(skin, skull(TURN))
+    for spot in p.spots:
+        paint(skin * .72, oval(spot, .02, .02), .5)
+    beard, chops = hair + (skin - hair) * p.stubble, 1j * (p.mouth_y + .15 - p.chop * LINE ** 4)
+    paint(beard, np.append(skull(TURN[1:16]) * 1.02, LINE * p.head * .92 + chops), when=p.beard > .72)
+    y = p.line + (p.temple - p.line) * abs(LINE) ** p.boxy + p.lock * np.exp(-((LINE - p.lock_x) / .16) ** 2)
+    x = LINE * p.head * (1 - (np.minimum(y, 0) / p.chin) ** 2) ** (p.square / 2)
+    puff = 1.02 + p.volume * np.clip(.25 - np.sin(OVER), .1, 1) + p.curl * (1 + np.sin(12 * OVER))
+    paint(hair, np.append(skull(OVER) * puff, x + 1j * y), .03, when=haired)
+    eye, lean, tall = p.eye_x + 1j * p.eye_y, p.eye_w * np.exp(1j * p.tilt), p.eye_h * q.squint
+    lid, fold = tall * BUMP ** .55, .3 + .6 * p.lid
+    paint(skin * (.95 - p.lid), between(LINE * 1.15, -lid - fold, .7 * lid) * lean + eye, .46, True)
+    paint((244, 240, 236), between(LINE, -lid, .7 * lid) * lean + eye, .46, True)
+    for r, colour in (1, p.iris * .6), (.8, p.iris), (.45, (16, 12, 12)), (.25, (255, 255, 255)):
+        disc = oval(.25j * (r - 1), r * p.iris_r, r * p.iris_r)
+        disc.imag = disc.imag.clip(-.85 * tall, .6 * tall)                         # the lids cut the iris
+        paint(colour, disc * lean + eye, q.gaze, True)
+    paint(hair * .3, between(LINE * 1.05, -lid - p.lash, .05 - lid) * lean + eye, .46, True)
+    y, half = p.eye_y - p.brow_y - q.lift - p.arch * BUMP + p.slant * LINE, p.brow_h * (1.4 - LINE)
+    paint(hair * .7, between(p.eye_x + LINE * p.brow_w, y - half, y + half), .48, True)
+    for light, x, y, rx, ry in (.8, .5, .2, .7, .7), (.93, 0, 0, .8, 1), (.45, .5, .6, .3, .2):    # nose
+        nose = oval(p.nose_w * x + 1j * (p.nose_y + p.nose_h * y), p.nose_w * rx, p.nose_h * ry)
+        paint(skin * light, nose, .58, True)
+    x, gap = LINE * (p.mouth_w + .5 * max(q.smile, 0)), max(q.gape, 0) * BUMP
+    y = p.mouth_y - (p.corner + q.smile) * (LINE ** 2 - .4) - gap / 2
+    lips = skin * (.85, .6, .62) * (1 - p.rouge) + np.multiply((196, 40, 62), p.rouge)
+    paint(lips, between(x, y - p.upper * BUMP ** .7, y + 1.5 * gap + p.lower * BUMP), .5)
+    paint((70, 18, 22), between(x * .95, y - .007, y + 1.5 * gap + .007), .5)
+    paint((246, 242, 236), between(x * .8, y, y + np.minimum(gap, .06 * BUMP)), .5, when=q.gape > .02)
+    paint(beard, between(x * 1.15, y - p.upper - .08 * BUMP ** .5, y - .6 * p.upper), .55, when=p.beard > .86)
+    glass, worn, black = oval(eye, .2, .17, p.frame), p.specs > .75 and q.prop > .08, q.prop > .97
+    paint(p.metal, np.append(glass, glass * .82 + eye * .18), .55, True, worn)
+    paint(p.metal * .3, glass, .55, True, black)                                   # sunglasses
+    paint(p.metal, between(LINE * .13, p.eye_y - .04, p.eye_y), .58, when=worn or black)
+    paint(wall[0, 0], skull(TURN[18:31]) * 1.2, when=.9 < q.prop < .94)            # cap
+
+    # light from one side on a round head, its colour, the camera's tone curve and noise
+    canvas = canvas.reduce(3).filter(ImageFilter.GaussianBlur(max(q.blur, 0) * size / 64))
+    x, y = np.linspace(-1, 1, size) - q.dx, np.linspace(-1, 1, size)[:, None] - q.dy
+    light = .8 * np.clip(np.cos(q.sun) * x + np.sin(q.sun) * y, -1, 1) + .6 * np.clip(1 - x * x - y * y, 0, 1)
+    light = np.maximum(1 + q.relief * (light - .3), .15)[..., None] * np.exp([q.warmth, 0, -q.warmth])
+    image = np.float32(canvas) / 255 * np.float32(light * np.exp(q.exposure))
+    image = image ** q.gamma + .015 * rng.standard_normal(image.shape, np.float32)
+    return (image * 255).clip(0, 255).astype(np.uint8)
+
+
+def synthesise(root, people: int = 200, images: int = 11, size: int = 64, seed: int = 0) -> None:
+    """Write the homework's layout to root, not there yet: `people` with `images` each in train and one in dev
+    and test; others behind val_pairs.txt, yet others behind test_pairs.txt (whose labels are answers.txt)."""
+    rng, root = np.random.default_rng(seed), Path(root).resolve()
+    draft = root.with_name(f"{root.name}.{os.getpid()}.part")    # renamed at the end: never half a set
+    shutil.rmtree(draft, ignore_errors=True)
+
+    def shoot(p, file):                                      # JPEG as in the homework; irises keep colour
+        (draft / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(face(p, rng, size)).save(draft / file, quality=92, subsampling=0)
+        return Path(file).name
+
+    def write(file, rows):
+        (draft / file).write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+
+    crowd = [person(rng) for _ in range(people)]
+    for split, count in ("train", images), ("dev", 1), ("test", 1):
+        write(f"cls_data/{split}/labels.txt", [
+            (shoot(crowd[n % people], f"cls_data/{split}/images/{split}_{n:06d}.jpg"), n % people)
+            for n in range(count * people)])
+    for split, columns in ("val", 3), ("test", 2):           # an image meets its next one, then a stranger's
+        crowd = enumerate([person(rng) for _ in range(people // 4)])
+        shots = [[shoot(p, f"ver_data/{split}_{k:04d}_{n}.jpg") for n in range(5)] for k, p in crowd]
+        rows = [row for k, own in enumerate(shots) for n in range(5) for row in (
+            (own[n], own[n - 1], 1), (own[n], shots[k - rng.integers(1, len(shots))][rng.integers(5)], 0))]
+        rng.shuffle(rows)
+        write(f"{split}_pairs.txt", [row[:columns] for row in rows])
+    write("answers.txt", [row[2:] for row in rows])
+    draft.rename(root)
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------
+
+INK, GRID, COLOURS_OF_LINES = "#303438", "#e3e6e8", ("#1f6fb2", "#d1495b", "#3a9d5d", "#e08e1b", "#6f4fa8", "#2a9d9d")
+
+
+def ticks(low, high, most=6):
+    """Round numbers, at most that many, that span low..high."""
+    raw = (high - low) / (most - 1) or 1.0
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
+    return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+
+
+def plot(path, panels, width=420, height=300):
+    """Line charts side by side as a PNG. A panel: (title, x label, y label, {name: (xs, ys)}); NaN is left out, and
+    names are shown where there are several. Drawn at three times the size and reduced, so that lines are smooth."""
+    k = 3
+    canvas = Image.new("RGB", (width * len(panels) * k, height * k), "white")
+    pen = ImageDraw.Draw(canvas)
+    font, bold = (ImageFont.load_default(size * k) for size in (11, 13))
+    for column, (title, x_label, y_label, series) in enumerate(panels):
+        series = {name: np.array([(x, y) for x, y in zip(*xy) if math.isfinite(y)], float).reshape(-1, 2)
+                  for name, xy in series.items()}
+        points = np.concatenate([*series.values(), np.empty((0, 2))])
+        points = points if len(points) else np.zeros((1, 2))
+        low, high = points.min(0), points.max(0)
+        low[1] = min(low[1], 0) if low[1] < 0.5 * high[1] else low[1]           # start at zero unless that hides all
+        high = np.where(high > low, high, low + 1)
+        left, right, top, bottom = (column * width + 52) * k, ((column + 1) * width - 14) * k, 34 * k, (height - 42) * k
+
+        def at(xy):
+            share = (np.asarray(xy, float) - low) / (high - low)
+            return [(left + sx * (right - left), bottom - sy * (bottom - top)) for sx, sy in np.atleast_2d(share)]
+
+        for y in ticks(low[1], high[1]):
+            (_, py), = at((low[0], y))
+            pen.line([(left, py), (right, py)], GRID, k)
+            pen.text((left - 5 * k, py), f"{y:.4g}", INK, font, "rm")
+        for x in ticks(low[0], high[0]):
+            (px, _), = at((x, low[1]))
+            pen.text((px, bottom + 5 * k), f"{x:.4g}", INK, font, "mt")
+        pen.line([(left, top), (left, bottom), (right, bottom)], INK, k)
+        pen.text(((left + right) / 2, 10 * k), title, INK, bold, "mt")
+        pen.text(((left + right) / 2, (height - 8) * k), x_label, INK, font, "mb")
+        pen.text((left, top - 4 * k), y_label, INK, font, "lb")
+        for i, (name, xy) in enumerate(series.items()):
+            colour = COLOURS_OF_LINES[i % len(COLOURS_OF_LINES)]
+            if len(xy) > 1:
+                pen.line(at(xy), colour, 2 * k, "curve")
+            for px, py in at(xy) if 0 < len(xy) < 40 else ():
+                pen.ellipse((px - 2.5 * k, py - 2.5 * k, px + 2.5 * k, py + 2.5 * k), colour)
+            if len(series) > 1:
+                pen.text((right - 4 * k, top + (4 + 14 * i) * k), name, colour, font, "rt")
+    canvas = canvas.reduce(k)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    write(path, buffer.getvalue())
+
+
+# ---- The homework's two classes, for an ordinary DataLoader ---------------------------------------------------
+
+class ImageDataset(torch.utils.data.Dataset):
+    """(transform(PIL image), label) of a split such as cls_data/train, in either layout. Labels are those of
+    labels.txt, or the sorted sub-folders' numbers."""
+
+    def __init__(self, root, transform=None):
+        found = read_split(root)
+        if not found or not found[0] or found[1] is None:
+            raise ValueError(f"{root}: expected labels.txt and images/, or one sub-folder of images a person")
+        self.files, labels = found
+        self.classes = sorted(set(labels))
+        number = {name: name if isinstance(name, int) else c for c, name in enumerate(self.classes)}
+        self.labels, self.transform = [number[name] for name in labels], transform or (lambda im: im)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return self.transform(rgb(self.files[i])), self.labels[i]
+
+
+class ImagePairDataset(torch.utils.data.Dataset):
+    """(transform(image 1), transform(image 2), match) of a pairs file whose names are relative to root; match is
+    1 for the same person, 0 for two, and left out where the file does not tell."""
+
+    def __init__(self, root, pairs_file, transform=None):
+        self.pairs, self.transform = read_pairs(pairs_file, root), transform or (lambda im: im)
+
+    def __len__(self):
+        return len(self.pairs.left)
+
+    def __getitem__(self, i):
+        p = self.pairs
+        both = [self.transform(rgb(p.files[side[i]])) for side in (p.left, p.right)]
+        return (*both, int(p.labels[i])) if p.labels is not None else tuple(both)
+
+
+# ---- Shared by the scripts ------------------------------------------------------------------------------------
+
+def write(path, content):
+    """Write bytes to path (a Path) by way of a temporary file that is flushed and renamed: the old or the new, never half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------
+
+def cli(main):
+    """Run a script's main(): a ValueError or OSError is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data", help="the set's folder or one above it [data]")
+    args = parser.parse_args()
+    faces = load(args.data)
+    print(f"{faces.root}: {len(faces.names)} people{'; ' + faces.note if faces.note else ''}")
+
+
+if __name__ == "__main__":
+    cli(main)

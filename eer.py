@@ -1,0 +1,155 @@
+"""Judge a face verifier: equal error rate and the rest of the ROC, in numpy alone.
+
+    python eer.py scores.csv            # columns label,score; 1 = same person, a higher score = more alike
+
+    from eer import eer, report
+    rate, threshold = eer(labels, scores)       # eer in 0..1, not in percent
+
+A pair is accepted when score >= threshold. FAR = accepted impostors / impostors (the ROC's FPR),
+FRR = rejected genuine pairs / genuine pairs (1 - TPR, and TPR is what face recognition calls TAR).
+The EER is where the ROC, a polyline through one point per DISTINCT score, crosses TPR = 1 - FPR: the rule of
+the homework (sklearn's roc_curve, interpolated, brentq), solved exactly instead of by iteration. Two shortcuts
+in common use differ from it: the threshold nearest to FAR = FRR, and the mean of FAR and FRR there.
+"""
+import csv
+import sys
+from statistics import NormalDist
+
+import numpy as np
+
+FARS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def split(labels, scores):
+    """Sorted genuine (P,) and impostor (N,) scores. ValueError for labels other than 0 and 1, scores that are
+    not finite, unequal lengths, or a kind of pair that does not occur."""
+    labels, scores = np.asarray(labels).ravel(), np.asarray(scores).ravel()
+    if labels.shape != scores.shape:
+        raise ValueError(f"{len(labels)} labels but {len(scores)} scores; give one score a pair")
+    same = labels == 1
+    strange = np.flatnonzero(~same & (labels != 0))
+    if len(strange):
+        raise ValueError(f"pair {strange[0]} has label {labels[strange[0]]}; use 1 (same person) or 0 (different)")
+    genuine, impostor = scores[same], scores[~same]
+    if not (len(genuine) and len(impostor)):
+        raise ValueError(f"{len(genuine)} genuine and {len(impostor)} impostor pairs; an EER needs both kinds")
+    genuine.sort()
+    impostor.sort()
+    for s in (genuine, impostor):                   # NaN sorts last, infinities to the ends
+        if not np.isfinite(s[[0, -1]]).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise ValueError(f"pair {bad} has score {scores[bad]}; look for NaN in the embeddings")
+    return genuine, impostor
+
+
+def rates(genuine, impostor, threshold):
+    """(FAR, TAR) of accepting score >= threshold, from sorted scores; threshold a scalar or an array."""
+    return (1 - np.searchsorted(impostor, threshold, "left") / len(impostor),
+            1 - np.searchsorted(genuine, threshold, "left") / len(genuine))
+
+
+def crossing(genuine, impostor):
+    """(EER, threshold) from sorted scores. TAR + FAR - 1 falls strictly from score to score, so its change of
+    sign is found by bisection among the genuine and among the impostor scores; no ROC is built."""
+    def excess(threshold):
+        far, tar = rates(genuine, impostor, threshold)
+        return tar + far - 1
+
+    below = -np.inf                                 # the highest score at which TAR + FAR >= 1
+    for s in (genuine, impostor):
+        low, high = 0, len(s)                       # s[:low] have excess >= 0, s[high:] have not
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if excess(s[middle]) >= 0 else (low, middle)
+        if low:
+            below = max(below, s[low - 1])
+    above = min((s[i] for s in (genuine, impostor) if (i := np.searchsorted(s, below, "right")) < len(s)),
+                default=None)                       # the next higher score; none: the ROC's corner (0, 0)
+    far1, tar1 = rates(genuine, impostor, below)
+    far0, tar0 = rates(genuine, impostor, above) if above is not None else (0.0, 0.0)
+    part = (1 - far0 - tar0) / (far1 + tar1 - far0 - tar0)          # of the way from above to below
+    threshold = below if above is None else above + part * (float(below) - float(above))
+    return float(far0 + part * (far1 - far0)), float(threshold)
+
+
+def eer(labels, scores):
+    """(EER in 0..1, threshold). labels (n,) of 0/1, scores (n,), higher = same person. Exact with ties, in
+    O(n log n). Between two scores the threshold is interpolated as the ROC is. Raises as split() does."""
+    return crossing(*split(labels, scores))
+
+
+def roc(labels, scores):
+    """(FAR, TAR, threshold), each (k + 1,) for k distinct scores, from (0, 0) at infinity to (1, 1)."""
+    genuine, impostor = split(labels, scores)
+    thresholds = np.append(np.unique(np.concatenate((genuine, impostor))), np.inf)[::-1]
+    return (*rates(genuine, impostor, thresholds), thresholds)
+
+
+def interval(rate, genuine, impostor, level=0.95):
+    """Confidence interval of an EER from so many genuine and impostor pairs: Wilson's, for the 4PN/(P+N) trials
+    that give the variance (1/P + 1/N) rate (1 - rate) / 4 of the mean of FAR and FRR. It takes the pairs for
+    independent; pairs that share people or images deserve a wider one."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    n = 4 * genuine * impostor / (genuine + impostor)
+    centre, half = rate + z * z / (2 * n), z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def report(labels, scores, fars=FARS):
+    """What there is to say about scored pairs, all rates in 0..1: eer, its 95 % interval eer_low..eer_high,
+    threshold (at the EER), far and frr there, auc, acc (at the best threshold of these same pairs, hence
+    optimistic), 'tar@far=1e-3' and its like (ROC interpolated, the homework's TPR@FPR; NaN where there are
+    fewer than 1/FAR impostors to measure it with), genuine, impostor (counts)."""
+    genuine, impostor = split(labels, scores)
+    p, n = len(genuine), len(impostor)
+    rate, threshold = crossing(genuine, impostor)
+    far, tar = (float(v) for v in rates(genuine, impostor, threshold))
+    low, high = interval(rate, p, n)
+    curve_far, curve_tar, _ = roc(labels, scores)
+    corners = np.append(curve_far[1:] != curve_far[:-1], True)      # the upper end of each vertical stretch
+    out = dict(eer=rate, eer_low=low, eer_high=high, threshold=threshold, far=far, frr=1 - tar,
+               auc=float(np.trapezoid(curve_tar, curve_far)),
+               acc=float(((curve_tar * p + (1 - curve_far) * n) / (p + n)).max()), genuine=p, impostor=n)
+    for f in fars:
+        tar = np.interp(f, curve_far[corners], curve_tar[corners]) if f * n >= 1 else np.nan
+        out["tar@far=" + f"{f:.0e}".replace("e-0", "e-")] = float(tar)
+    return out
+
+
+def show(r):
+    """The lines of a report() for a person to read; percent, a dash where the pairs cannot tell."""
+    tars = "   ".join(f"{k[4:]} {'-' if np.isnan(v) else f'{100 * v:.2f} %'}" for k, v in r.items() if "@" in k)
+    return (f"EER {100 * r['eer']:.2f} %  (95 % interval {100 * r['eer_low']:.2f} to {100 * r['eer_high']:.2f}; "
+            f"{r['genuine']} genuine, {r['impostor']} impostor pairs)\n"
+            f"at threshold {r['threshold']:.4f}: FAR {100 * r['far']:.2f} %, FRR {100 * r['frr']:.2f} %\n"
+            f"AUC {100 * r['auc']:.2f} %   best accuracy {100 * r['acc']:.2f} %\nTAR at {tars}")
+
+
+def read(path):
+    """(labels, scores) from a CSV file with columns label,score; a header may name them, in any order."""
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        rows = [(i, [c.strip() for c in row]) for i, row in enumerate(csv.reader(f), 1) if any(row)]
+    head = [c.lower() for c in rows[0][1]] if rows else []
+    order = [head.index(c) for c in ("label", "score")] if {"label", "score"} <= set(head) else None
+    values = []
+    for line, row in rows[order is not None:]:
+        try:
+            if order is None and len(row) != 2:
+                raise IndexError
+            values.append([float(row[i]) for i in order or (0, 1)])
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}:{line}: found '{','.join(row)}'; write label,score, such as 1,0.83") from None
+    if not values:
+        raise ValueError(f"{path}: no scores in it; write lines of label,score")
+    return np.array(values).T
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    try:
+        print(show(report(*read(sys.argv[1]))))
+    except (OSError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,528 @@
+"""Backbones: images in, embeddings out. The networks of the homework and of face recognition's history.
+
+    model = models.make("iresnet50", dim=512, size=112)   # (B,3,112,112) float -> (B,512), not normalised
+    print(models.table())                                 # name, parameters, multiply-adds, description
+    quick = models.fold(model)                            # batch norms folded away, for inference
+
+A network is a trunk, the published layers up to the last feature map, and a neck, which turns that map into
+the embedding. The file runs from the blocks, written once, through the families, oldest idea first, to make,
+macs, table and fold. A family is a table of depths and widths and a function of (variant, dim, size).
+
+Three rules hold throughout. Modules are registered in the order in which they run: torchvision's weights fit
+by position, and fold can tell from the order alone which batch norm follows which layer. Trunks are fully
+convolutional, and a neck that flattens its map first pools it to the side it was built for, so a network also
+runs on other sizes than its own (training may start on small images). What is random in training, dropout and
+drop-path, draws from torch's global generator and keeps no state: seeding that generator seeds the step.
+
+Counts in the docstrings are of the network as published, with its ImageNet head where it has one; a MAC is
+one multiply-add of a convolution or linear layer. The test suite recomputes them.
+"""
+import copy
+import difflib
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+
+# ------------------------------------------------------------------------------------- blocks and necks
+
+class FaceNet(nn.Module):
+    """Trunk and neck. An image too small for the trunk is enlarged, here and nowhere else."""
+
+    def __init__(self, trunk, neck, smallest=1):
+        super().__init__()
+        self.trunk, self.neck, self.smallest = nn.Sequential(*trunk), nn.Sequential(*neck), smallest
+
+    def forward(self, x):
+        if x.shape[-1] < self.smallest:
+            x = F.interpolate(x, size=(self.smallest, self.smallest), mode="bilinear")
+        return self.neck(self.trunk(x))
+
+
+class Residual(nn.Module):
+    """act(body(x) + shortcut(x)): the sum that every residual family but ConvNeXt is made of."""
+
+    def __init__(self, body, shortcut=(), act=None):
+        super().__init__()
+        self.body, self.shortcut = nn.Sequential(*body), nn.Sequential(*shortcut)
+        self.act = act or nn.Identity()
+
+    def forward(self, x):
+        return self.act(self.body(x) + self.shortcut(x))
+
+
+class SqueezeExcite(nn.Module):
+    """A gate on each channel, computed from the means of all (Hu et al., arXiv 1709.01507, section 3)."""
+
+    def __init__(self, channels, reduction=16):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.excite = nn.Linear(channels // reduction, channels)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))         # (B,C)
+        return x * gate[:, :, None, None]
+
+
+class Fit(nn.AdaptiveAvgPool2d):
+    """Average-pools a map to side x side; a map of that side passes untouched."""
+
+    def forward(self, x):
+        return x if x.shape[-1] == self.output_size else super().forward(x)
+
+
+def conv_bn(cin, cout, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
+    """Convolution, batch norm and, unless act is None, activation, as a list of layers."""
+    layers = [nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False),
+              nn.BatchNorm2d(cout, eps)]
+    if act:
+        layers.append(act(cout) if act is nn.PReLU else act(inplace=True))
+    return layers
+
+
+def stages(block, cin, rows):
+    """For each row (cout, depth, stride, ...): depth blocks to cout channels, the first one with stride."""
+    layers = []
+    for cout, depth, first, *more in rows:
+        for stride in [first] + [1] * (depth - 1):
+            layers.append(block(cin, cout, stride, *more))
+            cin = cout
+    return layers
+
+
+def flat_neck(channels, dim, side, norm=()):
+    """The flattened map, linear, batch norm: the neck of the ImageNet families, side the map's side.
+
+    A face is aligned, so a place of the map means a part of the face; the global average of the published
+    heads throws that away. Measured on synthetic faces, 5 epochs: EER 4.0 % flattened, 7.6 % with
+    MobileFaceNet's depthwise filter, 26 % averaged. More than 512 channels are first narrowed, more than
+    4 x 4 places averaged, which bounds the layer at 4.2M parameters for 512-d. The batch norm centres the
+    embedding.
+    """
+    narrow = conv_bn(channels, 512, 1, act=None) if channels > 512 else []
+    side, width = max(1, min(side, 4)), min(channels, 512)
+    return [*norm, *narrow, Fit(side), nn.Flatten(), nn.Linear(width * side * side, dim, bias=False),
+            nn.BatchNorm1d(dim)]
+
+
+def initialise(layers, rule):
+    """Apply rule to the weights of all convolutions and linear layers, zero their biases; returns layers."""
+    for module in nn.ModuleList(layers).modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:
+            rule(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return layers
+
+
+he = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")    # arXiv 1502.01852, section 2.2
+xavier = partial(nn.init.kaiming_uniform_, nonlinearity="linear")             # as in Caffe: variance 1/fan_in
+small = partial(nn.init.normal_, std=0.01)
+
+
+# ------------------------------------------------------------------------- before the residual networks
+
+def lenetpp(dim, size):
+    """LeNet++ of the centre loss (Wen, Zhang, Li, Qiao, ECCV 2016, table 1), FC on the flattened map.
+
+    799,394 parameters for 28-pixel digits of one channel and a 2-d embedding, pools rounding up as in Caffe.
+    """
+    layers, cin = [], 3
+    for width in (32, 64, 128):
+        layers += [nn.Conv2d(cin, width, 5, padding=2), nn.PReLU(width),
+                   nn.Conv2d(width, width, 5, padding=2), nn.PReLU(width), nn.MaxPool2d(2, ceil_mode=True)]
+        cin = width
+    side = -(-size // 8)
+    neck = [Fit(side), nn.Flatten(), nn.Linear(128 * side * side, dim)]
+    return FaceNet(initialise(layers, xavier), initialise(neck, xavier))
+
+
+def alexnet(dim, size):
+    """AlexNet in its one-column form (Krizhevsky, arXiv 1404.5997), the trunk as torchvision's.
+
+    2,469,696 parameters in the trunk; the published FC layers are ImageNet's and are left out. The first
+    paper draws weights from N(0, 0.01), fit for pixels up to 255; He's rule fits inputs near 1. The trunk
+    shrinks fewer than 63 pixels to nothing, so smaller images are enlarged to 63.
+    """
+    layers = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2),
+              nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(3, 2),
+              nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(True),
+              nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(True),
+              nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(3, 2)]
+    return FaceNet(initialise(layers, he), flat_neck(256, dim, (size - 63) // 32 + 1), smallest=63)
+
+
+VGG = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
+
+
+def vgg(variant, dim, size):
+    """VGG configurations A and D (Simonyan, Zisserman, arXiv 1409.1556, table 1), without batch norm.
+
+    Parameters in the trunk: VGG-11 9,220,480, VGG-16 14,714,688; the published FC layers are ImageNet's and
+    are left out. The paper trains A first and starts D from it; He's rule spares that.
+    """
+    layers, cin = [], 3
+    for width, depth in zip((64, 128, 256, 512, 512), VGG[variant]):
+        for _ in range(depth):
+            layers += [nn.Conv2d(cin, width, 3, padding=1), nn.ReLU(True)]
+            cin = width
+        layers.append(nn.MaxPool2d(2))
+    return FaceNet(initialise(layers, he), flat_neck(512, dim, size // 32))
+
+
+GOOGLENET = (               # Inception: 1x1; reduce, 3x3; reduce, "5x5"; after the pool. A number: max-pool
+    3, (64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64),
+    3, (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64),
+    (112, 144, 288, 32, 64, 64), (256, 160, 320, 32, 128, 128),
+    2, (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
+
+
+class Inception(nn.Module):
+    """Four branches side by side, their channels concatenated."""
+
+    def __init__(self, cin, one, reduce3, three, reduce5, five, pool):
+        super().__init__()
+        conv = partial(conv_bn, eps=1e-3)
+        self.branches = nn.ModuleList(nn.Sequential(*layers) for layers in (
+            conv(cin, one, 1),
+            conv(cin, reduce3, 1) + conv(reduce3, three),
+            conv(cin, reduce5, 1) + conv(reduce5, five),
+            [nn.MaxPool2d(3, 1, 1)] + conv(cin, pool, 1)))
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+def googlenet(dim, size):
+    """GoogLeNet (Szegedy et al., arXiv 1409.4842, table 1) as in torchvision: with batch norm, with 3x3 where
+    the paper has 5x5, and without the auxiliary classifiers. 6,624,904 parameters, 1.50G MACs at 224.
+    """
+    conv = partial(conv_bn, eps=1e-3)
+    layers = conv(3, 64, 7, 2) + [nn.MaxPool2d(3, 2, ceil_mode=True)] + conv(64, 64, 1) + conv(64, 192)
+    cin = 192
+    for row in GOOGLENET:
+        if isinstance(row, int):
+            layers.append(nn.MaxPool2d(row, 2, ceil_mode=True))
+        else:
+            layers.append(Inception(cin, *row))
+            cin = row[0] + row[2] + row[4] + row[5]
+    return FaceNet(initialise(layers, he), flat_neck(cin, dim, ((size + 1) // 16 + 1) // 2))
+
+
+class MaxFeatureMap(nn.Module):
+    """The larger of the two halves of the channels: an activation by competition."""
+
+    def forward(self, x):
+        return torch.maximum(*x.chunk(2, 1))                        # (B,2C,...) -> (B,C,...)
+
+
+LIGHTCNN = {9: (0, 0, 0, 0), 29: (1, 2, 3, 4)}                      # residual blocks before each widening
+
+
+def lightcnn(variant, dim, size):
+    """Light CNN (Wu, He, Sun, Tan, arXiv 1511.02683, section 3), FC and MFM on the flattened map.
+
+    Parameters for 128-pixel images of one channel and a 256-d embedding, by the layers of the authors'
+    light_cnn.py: LightCNN-9 5,480,864, LightCNN-29 12,573,280. Their dropout behind the embedding belongs to
+    their softmax: the losses here compare embeddings, which stay whole. Plain layers start from Xavier's
+    rule, residual bodies near zero as in SphereFace: with Xavier's, every sum doubles the signal's power.
+    """
+    def mfm(cin, cout, kernel):
+        return [nn.Conv2d(cin, 2 * cout, kernel, padding=kernel // 2), MaxFeatureMap()]
+
+    layers = mfm(3, 48, 5) + [nn.MaxPool2d(2, ceil_mode=True)]
+    for depth, cin, cout in zip(LIGHTCNN[variant], (48, 96, 192, 128), (96, 192, 128, 128)):
+        layers += [Residual(mfm(cin, cin, 3) + mfm(cin, cin, 3)) for _ in range(depth)]
+        layers += mfm(cin, cin, 1) + mfm(cin, cout, 3)
+        if cin != 192:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+    side = -(-size // 16)
+    neck = [Fit(side), nn.Flatten(), nn.Linear(128 * side * side, 2 * dim), MaxFeatureMap()]
+    for layer in layers + neck:
+        initialise([layer], small if isinstance(layer, Residual) else xavier)
+    return FaceNet(layers, neck)
+
+
+# ----------------------------------------------------------------------------------- residual networks
+
+def project(cin, cout, stride):
+    return conv_bn(cin, cout, 1, stride, act=None) if stride > 1 or cin != cout else []
+
+
+def gate(channels, se):
+    return [SqueezeExcite(channels)] if se else []
+
+
+def basic(cin, cout, stride, se):
+    body = conv_bn(cin, cout, 3, stride) + conv_bn(cout, cout, act=None) + gate(cout, se)
+    return Residual(body, project(cin, cout, stride), nn.ReLU(True))
+
+
+def bottleneck(cin, cout, stride, se):
+    """The stride is in the 3x3, as in torchvision; the paper has it in the first 1x1."""
+    width = cout // 4
+    body = conv_bn(cin, width, 1) + conv_bn(width, width, 3, stride) + conv_bn(width, cout, 1, act=None)
+    return Residual(body + gate(cout, se), project(cin, cout, stride), nn.ReLU(True))
+
+
+RESNET = {18: (basic, 64, (2, 2, 2, 2)), 34: (basic, 64, (3, 4, 6, 3)), 50: (bottleneck, 256, (3, 4, 6, 3)),
+          101: (bottleneck, 256, (3, 4, 23, 3)), 152: (bottleneck, 256, (3, 8, 36, 3))}
+
+
+def resnet(variant, dim, size, se=False):
+    """ResNet (He, Zhang, Ren, Sun, arXiv 1512.03385, table 1); with se, SE-ResNet (arXiv 1709.01507).
+
+    Parameters: 18 11.69M, 34 21.80M, 50 25.56M, 101 44.55M, 152 60.19M (torchvision); SE-ResNet-50 28.09M,
+    SE-ResNet-101 49.33M (mmpretrain's model list).
+    """
+    block, width, depths = RESNET[variant]
+    rows = zip((width, 2 * width, 4 * width, 8 * width), depths, (1, 2, 2, 2))
+    layers = conv_bn(3, 64, 7, 2) + [nn.MaxPool2d(3, 2, 1)] + stages(partial(block, se=se), 64, rows)
+    return FaceNet(initialise(layers, he), flat_neck(8 * width, dim, -(-size // 32)))
+
+
+SPHERE = {4: (0, 0, 0, 0), 10: (0, 1, 2, 0), 20: (1, 2, 4, 1), 36: (2, 4, 8, 2), 64: (3, 8, 16, 3)}
+
+
+def sphere(variant, dim, size):
+    """SphereFace's networks (Liu, Wen, Yu, Li, Raj, Song, arXiv 1704.08063, table 2): no batch norm, FC neck.
+
+    sphere20 has 22,666,944 parameters for 112x96 faces and 512-d, by the layers of the authors'
+    make_spherenet.py; from there too the residual convolutions' missing bias and start from N(0, 0.01).
+    """
+    def conv(cin, cout, stride, bias, rule):
+        return initialise([nn.Conv2d(cin, cout, 3, stride, 1, bias=bias)], rule) + [nn.PReLU(cout)]
+
+    layers, cin = [], 3
+    for width, depth in zip((64, 128, 256, 512), SPHERE[variant]):
+        layers += conv(cin, width, 2, True, xavier)
+        for _ in range(depth):
+            layers.append(Residual(conv(width, width, 1, False, small) + conv(width, width, 1, False, small)))
+        cin = width
+    side = -(-size // 16)
+    return FaceNet(layers, initialise([Fit(side), nn.Flatten(), nn.Linear(512 * side * side, dim)], xavier))
+
+
+def face_block(cin, cout, stride, se):
+    body = [nn.BatchNorm2d(cin)] + conv_bn(cin, cout, act=nn.PReLU) + conv_bn(cout, cout, 3, stride, act=None)
+    return Residual(body + gate(cout, se), project(cin, cout, stride))
+
+
+IRESNET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
+
+
+def iresnet(variant, dim, size, se=False):
+    """The face ResNet of ArcFace (Deng, Guo, Xue, Zafeiriou, arXiv 1801.07698, section 3.1): a stem of full
+    resolution, blocks BN-conv-BN-PReLU-conv-BN, neck BN-dropout-FC-BN on the flattened map.
+
+    Parameters at 112 pixels and 512-d, by the layers of the authors' arcface_torch/backbones/iresnet.py: 18
+    24,025,600, 34 34,139,328, 50 43,590,848, 100 65,156,160; MACs 2.6G, 4.5G, 6.3G, 12.1G (2.6, 6.3 and 12.1
+    in their README). As there, convolutions start from N(0, 0.1) and the last batch norm's scale stays 1.
+    Dropout is 0.2: the paper has 0.4, that code 0. With se, a squeeze-excite ends each body.
+    """
+    rows = zip((64, 128, 256, 512), IRESNET[variant], (2, 2, 2, 2))
+    layers = conv_bn(3, 64, act=nn.PReLU) + stages(partial(face_block, se=se), 64, rows)
+    side = -(-size // 16)
+    neck = [Fit(side), nn.BatchNorm2d(512), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512 * side * side, dim),
+            nn.BatchNorm1d(dim)]
+    neck[-1].weight.requires_grad_(False)
+    return FaceNet(initialise(layers, partial(nn.init.normal_, std=0.1)), neck)
+
+
+# ------------------------------------------------------------------------------------ mobile networks
+
+MOBILENETV2 = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6),                 # width, depth, stride, expansion
+               (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6))
+MOBILEFACENET = ((64, 5, 2, 2), (128, 1, 2, 4), (128, 6, 1, 2), (128, 1, 2, 4), (128, 2, 1, 2))
+
+
+def inverted(cin, cout, stride, expand, act):
+    """Widen (1x1), filter each channel (3x3), narrow (1x1, no activation); a sum where shapes agree."""
+    width = cin * expand
+    body = conv_bn(cin, width, 1, act=act) if expand > 1 else []
+    body += conv_bn(width, width, 3, stride, groups=width, act=act) + conv_bn(width, cout, 1, act=None)
+    return Residual(body) if stride == 1 and cin == cout else nn.Sequential(*body)
+
+
+def mobilenetv2(dim, size):
+    """MobileNetV2 (Sandler, Howard, Zhu, Zhmoginov, Chen, arXiv 1801.04381, table 2).
+
+    3,504,872 parameters, 0.30G MACs at 224 (torchvision).
+    """
+    layers = conv_bn(3, 32, 3, 2, act=nn.ReLU6) + stages(partial(inverted, act=nn.ReLU6), 32, MOBILENETV2)
+    layers += conv_bn(320, 1280, 1, act=nn.ReLU6)
+    return FaceNet(initialise(layers, he), flat_neck(1280, dim, -(-size // 32)))
+
+
+def mobilefacenet(dim, size):
+    """MobileFaceNet (Chen, Liu, Gao, Han, arXiv 1804.07573, table 1): the same blocks with PReLU, and a neck
+    that learns to weigh the places of the map: a depthwise filter as large as the map, then a linear layer.
+
+    1,003,136 parameters at 112 pixels and 128-d, 995,584 without the slopes of PReLU (the paper: 0.99M);
+    0.221G MACs (arXiv 1908.09124 counts 221M).
+    """
+    layers = conv_bn(3, 64, 3, 2, act=nn.PReLU) + conv_bn(64, 64, groups=64, act=nn.PReLU)
+    layers += stages(partial(inverted, act=nn.PReLU), 64, MOBILEFACENET) + conv_bn(128, 512, 1, act=nn.PReLU)
+    side = -(-size // 16)
+    neck = [Fit(side), nn.Conv2d(512, 512, side, groups=512, bias=False), nn.BatchNorm2d(512), nn.Flatten(),
+            nn.Linear(512, dim, bias=False), nn.BatchNorm1d(dim)]
+    return FaceNet(initialise(layers, he), neck)
+
+
+# ------------------------------------------------------------------------------------------- ConvNeXt
+
+CONVNEXT = {                                    # depths, width of the first stage, largest drop-path rate
+    "atto": ((2, 2, 6, 2), 40, 0.1), "femto": ((2, 2, 6, 2), 48, 0.1), "pico": ((2, 2, 6, 2), 64, 0.1),
+    "nano": ((2, 2, 8, 2), 80, 0.1), "tiny": ((3, 3, 9, 3), 96, 0.1), "small": ((3, 3, 27, 3), 96, 0.4),
+    "base": ((3, 3, 27, 3), 128, 0.5), "large": ((3, 3, 27, 3), 192, 0.5)}
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map; in channels_last memory the permutes move nothing."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + drop_path(scale * mlp(norm(depthwise(x))))."""
+
+    def __init__(self, channels, drop):
+        super().__init__()
+        self.drop = drop
+        self.scale = nn.Parameter(torch.full((channels, 1, 1), 1e-6))
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(),
+                                 nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        y = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))        # (B,H,W,C)
+        y = self.scale * y.permute(0, 3, 1, 2)                                # (B,C,H,W)
+        if self.training and self.drop:
+            keep = y.new_empty(len(y), 1, 1, 1).bernoulli_(1 - self.drop)
+            y = y * (keep / (1 - self.drop))
+        return x + y
+
+
+def convnext(variant, dim, size):
+    """ConvNeXt (Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, arXiv 2201.03545, section 3); below tiny, timm's
+    sizes. The rate of drop-path grows linearly from block to block.
+
+    Parameters and MACs at 224: atto 3.7M 0.5G, femto 5.2M 0.8G, pico 9.0M 1.4G, nano 15.6M 2.4G (timm's cards
+    give atto 0.6G, nano 2.5G); tiny 28,589,128, small 50,223,688, base 88,591,464, large 197,767,336
+    (torchvision).
+    """
+    depths, width, drop = CONVNEXT[variant]
+    layers, done = [nn.Conv2d(3, width, 4, 4), ChannelNorm(width, eps=1e-6)], 0
+    for stage, depth in enumerate(depths):
+        if stage:
+            layers += [ChannelNorm(width, eps=1e-6), nn.Conv2d(width, 2 * width, 2, 2)]
+            width *= 2
+        for _ in range(depth):
+            layers.append(ConvNeXtBlock(width, drop * done / (sum(depths) - 1)))
+            done += 1
+    neck = flat_neck(width, dim, size // 32, norm=[ChannelNorm(width, eps=1e-6)])
+    rule = partial(nn.init.trunc_normal_, std=0.02)
+    return FaceNet(initialise(layers, rule), initialise(neck, rule))
+
+
+# -------------------------------------------------------------------------------- small and fast: our own
+
+def swiftface(dim, size):
+    """For CPUs and quick experiments, and for small images: 64 pixels are enough. The residual blocks of ResNet-18
+    (1, 2, 2 of them, 64 to 256 channels) behind one 3x3 stem of stride 2, and the whole 8x8 map in the neck. No
+    depthwise filters, no squeeze-excite: a CPU is quick at dense 3x3 convolutions and slow at all that is not.
+    """
+    layers = conv_bn(3, 32, 3, 2) + stages(partial(basic, se=False), 32, ((64, 1, 1), (128, 2, 2), (256, 2, 2)))
+    side = min(8, -(-size // 8))
+    neck = [Fit(side), nn.Flatten(), nn.Linear(256 * side * side, dim, bias=False), nn.BatchNorm1d(dim)]
+    return FaceNet(initialise(layers, he), neck)
+
+
+# ---------------------------------------------------------------------- what the other scripts call
+
+ARCHS = {                                       # name: (function of dim and size, description)
+    "lenetpp": (lenetpp, "LeNet++ of the centre loss (2016), six 5x5 convolutions"),
+    "alexnet": (alexnet, "AlexNet (2012), where it began; enlarges images below 63 pixels"),
+    **{f"vgg{n}": (partial(vgg, n), f"VGG-{n} (2014), plain stack of 3x3 convolutions") for n in VGG},
+    "googlenet": (googlenet, "GoogLeNet (2014), four branches a block, with batch norm"),
+    **{f"lightcnn{n}": (partial(lightcnn, n), f"Light CNN-{n} (2015), max-feature-map") for n in LIGHTCNN},
+    **{f"resnet{n}": (partial(resnet, n), f"ResNet-{n} (2015), ImageNet stem") for n in RESNET},
+    **{f"seresnet{n}": (partial(resnet, n, se=True), f"SE-ResNet-{n} (2017)") for n in RESNET},
+    **{f"sphere{n}": (partial(sphere, n), f"SphereFace's {n} layers (2017), no batch norm") for n in SPHERE},
+    **{f"iresnet{n}": (partial(iresnet, n), f"ArcFace's face ResNet-{n} (2018)") for n in IRESNET},
+    **{f"iresnet_se{n}": (partial(iresnet, n, se=True), f"face ResNet-{n} with SE") for n in IRESNET},
+    "mobilenetv2": (mobilenetv2, "MobileNetV2 (2018), inverted residuals"),
+    "mobilefacenet": (mobilefacenet, "MobileFaceNet (2018), a learned weight for each place of the map"),
+    **{f"convnext_{n}": (partial(convnext, n), f"ConvNeXt-{n} (2022), drop-path") for n in CONVNEXT},
+    "swiftface": (swiftface, "our own: few dense blocks, small images, quick on CPUs"),
+}
+
+
+def make(arch, dim=512, size=112):
+    """The network arch for square images of size pixels and embeddings of dim numbers, newly initialised."""
+    if arch not in ARCHS:
+        nearest = difflib.get_close_matches(str(arch), ARCHS, 1, 0)[0]
+        raise ValueError(f"no architecture {arch!r}; the nearest name is {nearest!r}")
+    if not 32 <= size <= 256:
+        raise ValueError(f"image size {size} is outside 32..256")
+    if dim < 1:
+        raise ValueError(f"embedding dimension {dim} is below 1")
+    return ARCHS[arch][0](dim=dim, size=size)
+
+
+def macs(model, size=112):
+    """Multiply-adds of one image in convolutions and linear layers; only shapes are computed."""
+    total, counted, skipped = 0, [], []
+
+    def count(layer, inputs, output):
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()           # weight[0]: what one output reads
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            counted.append(module.register_forward_hook(count))
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU, nn.ReLU, nn.ReLU6)):
+            module.forward = lambda x: x                            # keeps the shape, and is slow on meta
+            skipped.append(module)
+    shapes = {name: value.to("meta") for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        torch.func.functional_call(model, shapes, torch.empty(1, 3, size, size, device="meta"))
+    for handle in counted:
+        handle.remove()
+    for module in skipped:
+        del module.forward
+    return total
+
+
+def table(dim=512, size=112):
+    """One line for every architecture: name, parameters, multiply-adds, description."""
+    lines = [f"{'name':<15} {'params':>8} {f'MACs at {size}':>12}  description"]
+    for arch, (_, about) in ARCHS.items():
+        with torch.device("meta"):
+            model = make(arch, dim, size)
+        params = sum(p.numel() for p in model.parameters())
+        lines.append(f"{arch:<15} {params / 1e6:7.2f}M {macs(model, size) / 1e9:11.3f}G  {about}")
+    return "\n".join(lines)
+
+
+def fold(model):
+    """A copy in eval mode with each batch norm folded into the convolution or linear layer right before it.
+
+    Exact up to rounding. A batch norm in front of a convolution (iresnet's) has to stay: the convolution's
+    padding is zero only after it.
+    """
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        children = list(parent.named_children())
+        for (name, layer), (after, norm) in zip(children, children[1:]):
+            fuse = {(nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
+                    (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval}.get((type(layer), type(norm)))
+            if fuse and len(layer.weight) == norm.num_features:
+                setattr(parent, name, fuse(layer, norm))
+                setattr(parent, after, nn.Identity())
+    return model

@@ -1,0 +1,1196 @@
+"""The sanity suite: no network, no data, no GPU, under two minutes on two cores.
+
+    python test_all.py                  # everything; the last line counts, the exit code is 0 only if all passed
+    python test_all.py resume losses    # the tests whose names contain one of these words
+
+A test compares with something that cannot be wrong in the same way: a closed form, brute force in Python,
+torchvision with copied weights, the same run without the interruption.
+"""
+import contextlib
+import csv
+import functools
+import inspect
+import io
+import itertools
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import eer
+import losses
+import models
+import train
+import verify
+
+HERE = Path(__file__).resolve().parent
+
+
+class Skip(Exception):
+    """Raised by a test that this machine cannot run."""
+
+
+def close(a, b, tolerance=1e-10, what=""):
+    a, b = (torch.as_tensor(np.asarray(v.detach() if torch.is_tensor(v) else v)).double() for v in (a, b))
+    assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), f"{what} {a} is not {b}"
+
+
+def raises(fragment, call, *args, **keywords):
+    """The call ends in a ValueError of one line that contains the fragment."""
+    try:
+        call(*args, **keywords)
+    except ValueError as e:
+        assert fragment in str(e) and "\n" not in str(e), f"expected '{fragment}' in: {e}"
+        return
+    raise AssertionError(f"no ValueError about '{fragment}'")
+
+
+def run(script, *argv, cwd):
+    """(exit code, stdout, stderr) of a script's command line, in this process."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    os.chdir(cwd)
+    try:
+        with mock.patch.object(sys, "argv", [script.__name__, *map(str, argv)]), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                data.cli(script.main)
+                code = 0
+            except SystemExit as e:
+                code = e.code or 0
+    finally:
+        os.chdir(before)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return code, out.getvalue(), err.getvalue()
+
+
+@functools.cache
+def faces():
+    """A small set of synthetic faces in the homework's layout, made once; read-only for the tests."""
+    folder = Path(tempfile.mkdtemp(prefix="faces"))
+    data.synthesise(folder / "set", people=10, images=6, size=32)
+    return folder / "set"
+
+
+def tiny(cwd, *more, code=0, epochs=2):
+    """train.main on the small set with a small network."""
+    got = run(train, "--data", faces(), "--arch", "swiftface", "--dim", 16, "--epochs", epochs, "--batch-size", 16,
+              "--lr", 0.02, "--amp", "off", *more, cwd=cwd)
+    assert got[0] == code, got
+    return got
+
+
+# ---- eer.py --------------------------------------------------------------------------------------------------
+
+def crossing_by_hand(labels, scores):
+    """The interpolated ROC against the anti-diagonal, point by point in exact fractions."""
+    from fractions import Fraction
+    p, n = sum(labels), len(labels) - sum(labels)
+    points = [(Fraction(0), Fraction(0))]
+    for cut in sorted(set(scores), reverse=True):
+        points.append((Fraction(sum(s >= cut and not y for y, s in zip(labels, scores)), n),
+                       Fraction(sum(s >= cut and y for y, s in zip(labels, scores)), p)))
+    for (f0, t0), (f1, t1) in itertools.pairwise(points):
+        if t1 + f1 >= 1:
+            return float(f0 + (1 - f0 - t0) / (f1 + t1 - f0 - t0) * (f1 - f0))
+
+
+def test_eer_is_the_crossing_of_the_interpolated_roc():
+    rng = np.random.default_rng(0)
+    for case in range(200):
+        y = rng.permutation(np.r_[0, 1, rng.integers(0, 2, rng.integers(1, 60))])
+        s = rng.normal(size=len(y)) + y * rng.normal()
+        s = s.round(case % 3) if case % 2 else s                                # half of them with many ties
+        rate, threshold = eer.eer(y, s)
+        close(rate, crossing_by_hand(y.tolist(), s.tolist()), 1e-12)
+        assert s.min() <= threshold <= s.max()
+    y = np.repeat([0, 1], 50)
+    assert eer.eer(y, y)[0] == 0 and eer.eer(y, -y)[0] == 1 and eer.eer(y, 0 * y)[0] == 0.5
+
+
+def test_eer_report():
+    rng = np.random.default_rng(1)
+    y, s = rng.integers(0, 2, 300), rng.normal(size=300).round(1)
+    s += y
+    r, (far, tar, cut) = eer.report(y, s), eer.roc(y, s)
+    g, i = s[y == 1], s[y == 0]
+    close(r["auc"], np.mean((g[:, None] > i) + 0.5 * (g[:, None] == i)))
+    close(r["acc"], max(np.mean((s >= c) == y) for c in cut))
+    close([r["far"], r["frr"]], [np.mean(i >= r["threshold"]), np.mean(g < r["threshold"])])
+    close(r["tar@far=1e-1"], tar[far <= 0.1][-1] + (tar[far > 0.1][0] - tar[far <= 0.1][-1])
+          * (0.1 - far[far <= 0.1][-1]) / (far[far > 0.1][0] - far[far <= 0.1][-1]))
+    assert math.isnan(r["tar@far=1e-3"]) and " - " in eer.show(r)              # 150 impostors cannot tell
+    covered = 0
+    for _ in range(400):                                    # two normals 3 apart: true EER 6.68 %
+        g, i = np.sort(rng.normal(3, 1, 200)), np.sort(rng.normal(0, 1, 200))
+        low, high = eer.interval(eer.crossing(g, i)[0], 200, 200)
+        covered += low <= 0.0668072 <= high
+    assert 0.91 < covered / 400 < 0.98, covered
+
+
+def test_eer_refuses():
+    raises("label 2", eer.eer, [0, 2], [0.0, 1.0])
+    raises("both kinds", eer.eer, [1, 1], [0.0, 1.0])
+    raises("pair 1 has score nan", eer.eer, [0, 1], [0.0, math.nan])
+    raises("3 labels but 2 scores", eer.eer, [0, 1, 1], [0.0, 1.0])
+
+
+def test_eer_reads_csv(tmp):
+    (tmp / "a.csv").write_bytes(b"\xef\xbb\xbfscore,label\r\n0.5,1\r\n\r\n-1,0\r\n")
+    (tmp / "b.csv").write_text("1,0.5\n0,-1\n")
+    for name in ("a.csv", "b.csv"):
+        labels, scores = eer.read(tmp / name)
+        assert labels.tolist() == [1, 0] and scores.tolist() == [0.5, -1]
+    (tmp / "c.csv").write_text("1,0.5\n0,zero\n")
+    raises("c.csv:2", eer.read, tmp / "c.csv")
+
+
+# ---- data.py -------------------------------------------------------------------------------------------------
+
+def picture(path, value=0, size=(40, 40), **keywords):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    a = np.random.default_rng(value).integers(0, 255, (*size[::-1], 3), np.uint8)
+    Image.fromarray(a).save(path, **keywords)
+    return path
+
+
+def homework(root, train_rows=("a b.jpg 3", "é.jpg 3", "c.jpg 7", "d.jpg 9"), pairs="a.jpg b.jpg 1\nb.jpg c.jpg 0\n"):
+    """The smallest set in the homework's layout; labels with gaps, names with spaces and accents."""
+    for i, row in enumerate(train_rows):
+        picture(root / "cls_data/train/images" / row.rpartition(" ")[0], i)
+    (root / "cls_data/train/labels.txt").write_text("\n".join(train_rows))
+    for i, name in enumerate("abc"):
+        picture(root / f"ver_data/{name}.jpg", i)
+    (root / "val_pairs.txt").write_text(pairs)
+    return root
+
+
+def test_data_layouts(tmp):
+    homework(tmp / "above/HW")
+    (tmp / "above/HW/cls_data/train/labels.txt").write_bytes(
+        "\ufeffa b.jpg 3\r\n\r\n\u00e9.jpg 3\r\nc.jpg 7 \r\nd.jpg 9\r\n".encode())
+    picture(tmp / "above/HW/cls_data/dev/images/x.png")
+    (tmp / "above/HW/cls_data/dev/labels.txt").write_text("x.png 7\n")
+    picture(tmp / "above/HW/cls_data/test/images/y.png")                        # test without labels (Fall 2026)
+    (tmp / "above/HW/test_pairs.csv").write_text("image1,image2\nc.jpg,a.jpg\n")
+    d = data.load(tmp / "above")
+    assert d.root.name == "HW" and d.names == ["3", "7", "9"] and d.train[1].tolist() == [0, 0, 1, 2]
+    assert d.dev[1].tolist() == [1] and d.test[1] is None and len(d.test[0]) == 1 and not d.note
+    assert d.val_pairs.labels.tolist() == [1, 0] and len(d.val_pairs.files) == 3
+    assert d.test_pairs.labels is None and [Path(d.test_pairs.files[i]).name for i in
+                                            (d.test_pairs.left[0], d.test_pairs.right[0])] == ["c.jpg", "a.jpg"]
+    for i, person in enumerate(["Ann", "Bo", "Cy", "Di", "Ed"]):                # Fall 2024, and a plain folder
+        for k in range(1 if person == "Ed" else 3):
+            for top in ("F24/cls_data/train", "plain/nested"):
+                picture(tmp / top / person / f"{k}.png", 10 * i + k)
+    d = data.load(tmp / "plain", holdout=0.4, seed=1)
+    assert "held out" in d.note and len(d.names) == 3 and "Ed" in d.names
+    people = [{Path(f).parent.name for f in (d.val_pairs.files[a], d.val_pairs.files[b])}
+              for a, b in zip(d.val_pairs.left, d.val_pairs.right)]
+    assert all((len(p) == 1) == bool(y) and not p & set(d.names) for p, y in zip(people, d.val_pairs.labels))
+    assert len(data.load(tmp / "plain", holdout=0).train[0]) == 13
+    assert len(data.load(tmp / "F24", holdout=0).names) == 5
+
+
+def test_data_refuses(tmp):
+    """Every complaint names the place and comes before anything is written."""
+    def labels(text):
+        (tmp / "HW/cls_data/train/labels.txt").write_text(text)
+        return lambda: data.load(tmp / "HW")
+
+    def pairs(text):
+        (tmp / "HW/val_pairs.txt").write_text(text)
+        return lambda: data.load(tmp / "HW")
+
+    homework(tmp / "HW")
+    good = (tmp / "HW/cls_data/train/labels.txt").read_text()
+    for text, fragment in (("gone.jpg 1\n", "labels.txt:1: no image 'gone.jpg'"), ("c.jpg 1 2\n", "3 columns"),
+                           ("c.jpg -1\n", "labels.txt:1"), ("c.jpg 1.5\n", "labels.txt:1"), ("c.jpg\n", "labels.txt:1"),
+                           ("c.jpg 1\nd.jpg 2\nc.jpg 3\n", "labels.txt:3: 'c.jpg' stands on line 1"),
+                           ("../x.jpg 1\n", "leaves"), ("c.jpg 1\nd.jpg 1\n", "one person"), ("\n", "no labelled")):
+        raises(fragment, labels(text))
+    labels(good)
+    for text, fragment in (("a.jpg gone.jpg 1\n", "val_pairs.txt:1: no image 'gone.jpg'"), ("", "no pairs"),
+                           ("a.jpg b.jpg 2\n", "label '2'"), ("a.jpg ../val_pairs.txt 1\n", "leaves"),
+                           ("a.jpg b.jpg 1\nb.jpg c.jpg\n", "val_pairs.txt:2: 2 columns"),
+                           ("a.jpg b.jpg 1\na.jpg c.jpg 1\n", "every pair has label 1")):
+        raises(fragment, pairs(text))
+    raises("no such folder", data.load, tmp / "nothing")
+    (tmp / "empty").mkdir()
+    raises("no labelled training images", data.load, tmp / "empty")
+    for name in ("one", "two"):
+        homework(tmp / f"both/{name}")
+    raises("several data sets", data.load, tmp / "both")
+    picture(tmp / "few/Ann/1.png"), picture(tmp / "few/Bo/1.png")
+    raises("too few to hold", data.load, tmp / "few")
+
+
+def test_data_shows_images_as_a_viewer_does(tmp):
+    a = np.zeros((40, 40, 3), np.uint8)
+    a[:20] = 200, 100, 50                                                       # upper half coloured
+    upright = Image.fromarray(a)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                            # stored turned, shown upright
+    upright.rotate(90).save(tmp / "exif.png", exif=exif)
+    upright.quantize(4).save(tmp / "palette.png")
+    upright.save(tmp / "plain.webp", lossless=True)
+    for name in ("exif.png", "palette.png", "plain.webp"):
+        assert np.abs(data.decode(tmp / name, 40).astype(int) - a).max() <= 2, name
+    Image.fromarray((np.arange(1600).reshape(40, 40) * 40).astype(np.uint16)).save(tmp / "deep.png")
+    close(data.decode(tmp / "deep.png", 40)[..., 1], np.round(np.arange(1600).reshape(40, 40) * 40 / 257), 1e-9)
+    Image.fromarray(a[..., 0]).save(tmp / "grey.png")
+    assert (data.decode(tmp / "grey.png", 40) == a[..., :1]).all()
+    Image.fromarray(np.dstack([a, np.full((40, 40), 0, np.uint8)])).save(tmp / "clear.png")
+    assert (data.decode(tmp / "clear.png", 40) == 255).all()                    # transparent: white paper
+    wide = Image.new("RGB", (80, 40), "red")
+    wide.paste(upright, (20, 0))
+    wide.save(tmp / "wide.png")
+    assert (data.decode(tmp / "wide.png", 40) == a).all()                       # the central square, not squeezed
+    (tmp / "bomb.png").write_bytes((tmp / "grey.png").read_bytes().replace(
+        (40).to_bytes(4, "big") * 2, (60000).to_bytes(4, "big") * 2))
+    (tmp / "empty.jpg").touch()
+    (tmp / "cut.png").write_bytes((tmp / "wide.png").read_bytes()[:90])
+    for name in ("bomb.png", "empty.jpg", "cut.png"):
+        raises(f"{name}: not a readable image", data.decode, tmp / name, 40)
+
+
+def test_data_pack(tmp):
+    files = [str(picture(tmp / f"{i}.png", i, (30 + i % 3, 32))) for i in range(101)]
+    cache = tmp / "cache"
+    cache.mkdir()
+    images, good = data.pack(files, 32, cache)
+    assert isinstance(images.rows, np.memmap) and len(good) == 101
+    assert (images[np.array([5, 3])] == np.stack([data.decode(files[i], 32) for i in (5, 3)])).all()
+    with mock.patch.object(data, "decode", side_effect=AssertionError):         # found again, not decoded again
+        data.pack(files, 32, cache)
+    with mock.patch.object(shutil, "disk_usage", lambda p: SimpleNamespace(free=0)):
+        for f in cache.iterdir():
+            f.unlink()
+        stream, _ = data.pack(files, 32, cache)                                 # no room: streams, the same pixels
+        assert stream.rows is None and (stream[np.arange(9)] == images[np.arange(9)]).all()
+    picture(Path(files[7]), 999, (32, 32))                                      # changed: rebuilt, the old one gone
+    Path(files[8]).write_bytes(b"no image")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        images, good = data.pack(files, 32, cache)
+    assert (images[[7]][0] == data.decode(files[7], 32)).all() and len(list(cache.glob("*.npy"))) == 1
+    assert 8 not in good and len(good) == 100 and "1 of 101" in err.getvalue()
+    with mock.patch.object(data, "decode", side_effect=KeyboardInterrupt):      # a killed build leaves nothing
+        Path(files[9]).touch()
+        with contextlib.suppress(KeyboardInterrupt):
+            data.pack(files, 32, cache)
+    assert len(list(cache.glob("*.npy"))) == 1 and not list(cache.glob("*.tmp"))
+    Path(files[10]).write_bytes(b"")
+    raises("2 of 101", data.pack, files, 32, cache)
+
+
+def test_data_augment():
+    x = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    none = dict.fromkeys(data.AUGMENT, 0)
+    close(data.augment(x, none), data.normalise(x), 1e-6)
+    close(data.augment(x, none | {"mirror": 1}), data.normalise(x).flip(3), 1e-4)
+    full = {k: v for k, (v, _) in data.AUGMENT.items()}
+    torch.manual_seed(3)
+    a = data.augment(x, full)
+    torch.manual_seed(3)
+    assert torch.equal(a, data.augment(x, full)) and not torch.equal(a, data.augment(x, full))
+    assert a.abs().max() <= 1 and data.augment(x, full, 20).shape == (64, 3, 20, 20)
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).view(1, 32, 1, 1).expand(200, 32, 32, 3)  # bright below
+    up, down = (data.augment(ramp, full | {"erase": 0}) @ torch.full((32,), 1 / 32)).mean(1)[:, [4, 27]].T
+    assert (down > up).all()                                                    # never upside down
+    from torchvision.transforms import functional as T
+    for name, step in (("brightness", T.adjust_brightness), ("contrast", T.adjust_contrast),
+                       ("saturation", T.adjust_saturation)):
+        with mock.patch.object(torch, "rand", lambda *s, **k: torch.full(s, 0.9)):      # dice: 0.8 in -1..1
+            ours = data.augment(x, none | {name: 0.5})
+        theirs = step(x.permute(0, 3, 1, 2).float() / 255, 1 + 0.8 * 0.5) * 2 - 1
+        close(ours, theirs, 3e-3, name)
+    erased = (data.augment(x, none | {"erase": 1}) == 0).all(1).flatten(1).double().mean(1)
+    assert (erased > 0.005).all() and (erased < 0.17).all()
+
+
+def test_data_order():
+    labels = np.repeat(np.arange(30), [1] * 10 + [3] * 10 + [9] * 10)
+    rows = np.arange(len(labels))
+    plain = train.order(labels, rows, 16, 0, 0)
+    assert plain.shape == (8, 16) and len(np.unique(plain)) == 128
+    assert (plain == train.order(labels, rows, 16, 0, 0)).all() and (plain != train.order(labels, rows, 16, 0, 1)).any()
+    assert train.order(labels, rows[:5], 16, 0, 0).shape == (1, 5)              # fewer images than a batch
+    for batch in train.order(labels, rows, 16, 0, 0, per_person=4):
+        assert all(len(set(labels[batch[i:i + 4]])) == 1 for i in range(0, 16, 4))
+    seen = np.concatenate([train.order(labels, rows, 16, 0, e, 4).ravel() for e in range(30)])
+    assert set(seen) == set(rows)                                               # nobody is left out for good
+
+
+def test_data_homework_classes(tmp):
+    homework(tmp)
+    t = torchvision.transforms.Compose([torchvision.transforms.Resize((32, 32)), torchvision.transforms.ToTensor()])
+    loader = torch.utils.data.DataLoader(data.ImageDataset(tmp / "cls_data/train", t), batch_size=4)
+    x, y = next(iter(loader))
+    assert x.shape == (4, 3, 32, 32) and y.tolist() == [3, 3, 7, 9]
+    pairs = data.ImagePairDataset(tmp / "ver_data", tmp / "val_pairs.txt", t)
+    a, b, match = next(iter(torch.utils.data.DataLoader(pairs, batch_size=2)))
+    assert a.shape == b.shape == (2, 3, 32, 32) and match.tolist() == [1, 0]
+
+
+def test_data_synthetic_faces_are_a_real_task(tmp):
+    data.synthesise(tmp / "a", people=8, images=2, size=32)
+    data.synthesise(tmp / "b", people=8, images=2, size=32)
+    files = sorted(p.relative_to(tmp / "a") for p in (tmp / "a").rglob("*") if p.is_file())
+    assert len(files) > 16 and all((tmp / "a" / f).read_bytes() == (tmp / "b" / f).read_bytes() for f in files)
+    pairs = data.load(faces()).val_pairs
+    x = torch.from_numpy(np.stack([data.decode(f, 32) for f in pairs.files])).float().flatten(1)
+    for z in (x, x - x.mean(1, keepdim=True)):
+        assert eer.eer(pairs.labels, verify.score(F.normalize(z), pairs))[0] > 0.25
+
+
+# ---- train.py and verify.py ----------------------------------------------------------------------------------
+
+def test_train_writes_what_it_promises(tmp):
+    code, out, _ = tiny(tmp)
+    folder = tmp / "runs/arcface_swiftface"
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert [r["epoch"] for r in rows] == ["1", "2"] and list(rows[0]) == list(train.COLUMNS)
+    assert all(math.isfinite(float(v)) for r in rows for v in r.values())
+    assert (tmp / "best.pt").resolve() == (folder / "best.pt").resolve() and "first loss" in out
+    best = verify.load(tmp / "best.pt")
+    assert best["best"] == min(float(r["eer"]) for r in rows)
+    code, out, _ = run(verify, cwd=tmp)                                         # --ckpt best.pt is the default
+    assert code == 0 and f"EER {100 * best['best']:.2f} %" in out
+    lines = (tmp / "submission.csv").read_text().splitlines()
+    assert lines[0] == "ID,Label" and len(lines) == 1 + len((faces() / "test_pairs.txt").read_text().splitlines())
+    assert [line.split(",")[0] for line in lines[1:]] == [str(i) for i in range(len(lines) - 1)]
+    tiny(tmp, epochs=1)                                                         # a second run takes its own folder
+    assert (tmp / "runs/arcface_swiftface_2/best.pt").exists()
+    assert list(csv.DictReader((folder / "log.csv").open())) == rows
+    tiny(tmp, "--out", folder, code=2)
+
+
+RUNS = {"sgd, margin": ("--opt", "sgd"), "adamw, buffers, ema": ("--lr", "1e-3", "--loss", "curricular", "--ema", ".9"),
+        "balanced, sum": ("--loss", "ce+0.1*triplet+0.003*center", "--per-person", "2", "--ema", ".5"),
+        "drawn margins, dropout": ("--loss", "elastic", "--arch", "mobilefacenet")}
+
+
+def same(a, b, path=""):
+    """Two checkpoints are bit for bit alike, but for the clock."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            if k not in ("seconds", "img_per_s", "out", "steps", "resume"):
+                same(a[k], b[k], f"{path}/{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (u, v) in enumerate(zip(a, b)):
+            same(u, v, f"{path}/{i}")
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b or a != a, f"{path}: {a} != {b}"
+
+
+def test_train_resumed_equals_uninterrupted(tmp):
+    for i, (name, flags) in enumerate(RUNS.items()):
+        whole, parts = tmp / f"whole{i}", tmp / f"parts{i}"
+        tiny(tmp, *flags, "--out", whole)
+        tiny(tmp, *flags, "--out", parts, "--steps", 1)
+        assert run(train, "--resume", "--out", parts, "--steps", 5, cwd=tmp)[0] == 0
+        assert run(train, "--resume", "--out", parts, "--steps", 99, cwd=tmp)[0] == 0
+        for file in ("last.pt", "best.pt"):
+            same(verify.load(whole / file), verify.load(parts / file), f"{name}: {file}")
+    code, _, err = run(train, "--resume", "--out", parts, "--lr", ".5", "--seed", 3, cwd=tmp)
+    assert code == 2 and "--lr" in err and "--seed" in err and "--loss" not in err
+
+
+def test_train_stops_on_a_signal(tmp):
+    """SIGINT and SIGTERM finish the step, save and say how to go on; the result is that of the whole run."""
+    tiny(tmp, "--out", "whole")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        real, calls = data.augment, itertools.count()
+
+        def once(*args):
+            if next(calls) == 2:
+                os.kill(os.getpid(), number)
+            return real(*args)
+
+        out = f"stopped{number}"
+        with mock.patch.object(data, "augment", once):
+            _, text, _ = tiny(tmp, "--out", out, code=130)
+        assert f"--resume --out {out}" in text and verify.load(tmp / out / "last.pt")["step"] == 3
+        assert run(train, "--resume", "--out", out, cwd=tmp)[0] == 0
+        same(verify.load(tmp / "whole/last.pt"), verify.load(tmp / out / "last.pt"))
+
+
+def test_train_does_not_wait_for_the_device(tmp):
+    """No .item(), float(), int() or bool() of a tensor per step: on a GPU each would wait for it."""
+    counts = []
+    for steps in (1, 2):
+        calls = []
+        with mock.patch.object(verify, "evaluate", lambda *a: {}), contextlib.ExitStack() as stack:
+            for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
+                real = getattr(torch.Tensor, name)
+                stack.enter_context(mock.patch.object(
+                    torch.Tensor, name, lambda t, *a, real=real, name=name: calls.append(name) or real(t, *a)))
+            tiny(tmp, "--out", f"n{steps}", "--steps", steps, "--ema", ".9", "--loss", "adaface")
+        counts.append(len(calls))
+    assert counts[0] == counts[1], counts
+
+
+def test_train_names_a_loss_that_is_not_finite(tmp):
+    real, calls = losses.Loss.forward, itertools.count()
+    with mock.patch.object(losses.Loss, "forward", lambda *a: real(*a) * (math.nan if next(calls) == 4 else 1)):
+        _, _, err = tiny(tmp, "--out", "bad", code=2)
+    assert "not finite at step 5" in err
+    assert all(torch.isfinite(v).all() for v in verify.load(tmp / "bad/last.pt")["model"].values())
+
+
+def test_train_fine_tunes(tmp):
+    tiny(tmp, "--loss", "ce", "--out", "first", epochs=1)
+    _, out, _ = tiny(tmp, "--init", "first/best.pt", "--freeze", "--loss", "tpe:k=8", "--out", "second", epochs=1)
+    first, second = (verify.load(tmp / f / "best.pt") for f in ("first", "second"))
+    same(first["model"], second["model"])                                       # frozen, batch statistics included
+    assert second["loss"]["terms.0.projection"].shape == (8, 16)
+    assert not torch.equal(second["loss"]["terms.0.projection"], torch.eye(8, 16))
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    net, criterion = verify.build(second)
+    assert verify.embed(net, images, criterion.project).shape == (3, 8)
+    _, out, _ = tiny(tmp, "--init", "first/best.pt", "--dim", 8, "--freeze", "--out", "third", epochs=1)
+    assert "new: neck" in out
+    assert "swiftface, not a resnet34" in tiny(tmp, "--init", "first/best.pt", "--arch", "resnet34", code=2)[2]
+    assert "--init" in tiny(tmp, "--freeze", code=2)[2]
+
+
+def test_train_spares_scalars_from_decay_and_follows_the_schedule(tmp):
+    seen = []
+    real = torch.optim.SGD.__init__
+    with mock.patch.object(torch.optim.SGD, "__init__", lambda self, groups, *a, **k: (
+            seen.extend(groups), real(self, groups, *a, **k))[1]):
+        tiny(tmp, "--loss", "normface", "--opt", "sgd", epochs=1)
+    assert all(p.ndim > 1 for p in seen[0]["params"]) and seen[0]["weight_decay"] > 0
+    assert all(p.ndim <= 1 for p in seen[1]["params"]) and seen[1]["weight_decay"] == 0
+    assert any(p.ndim == 0 for p in seen[1]["params"])                          # the learned scale
+    shares = [train.rate(i, 100, 0.1) for i in range(100)]
+    assert shares[0] == 0.1 and max(shares) == shares[9] == 1 and shares[10:] == sorted(shares[10:], reverse=True)
+    close(shares[55], 0.5)
+
+
+def test_train_refuses(tmp):
+    for flags, fragment in ((("--lr", -1), "--lr"), (("--size", 7), "--size"), (("--epochs", 0), "--epochs"),
+                            (("--colour", 1), "--colour"), (("--loss", "arcfac"), "'arcface'"),
+                            (("--arch", "resnet35"), "resnet3"), (("--loss", "arcface:n=1"), "unknown argument 'n'"),
+                            (("--data", "nowhere"), "no such folder"), (("--resume", "--out", "x"), "last.pt")):
+        _, _, err = tiny(tmp, *flags, code=2)
+        assert fragment in err and "Traceback" not in err, (flags, err)
+    assert not (tmp / "runs").exists() and not (tmp / "best.pt").exists()
+
+
+def test_verify_refuses_strange_checkpoints(tmp):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp / "executed"),)
+    (tmp / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"x": Evil()}, tmp / "evil2.pt")
+    torch.save({"state_dict": {}}, tmp / "other.pt")
+    torch.save({"face_checkpoint": 99}, tmp / "newer.pt")
+    torch.save({"face_checkpoint": 1, "x": torch.zeros(9999)}, tmp / "cut.pt")
+    (tmp / "cut.pt").write_bytes((tmp / "cut.pt").read_bytes()[:9000])
+    for name in ("evil", "evil2", "other", "newer", "cut", "missing"):
+        code, _, err = run(verify, "--ckpt", f"{name}.pt", cwd=tmp)
+        assert code == 2 and f"{name}.pt" in err and err.count("\n") == 1, err
+    assert not (tmp / "executed").exists()
+
+
+def test_verify_scores_are_the_same_in_any_batch_and_order(tmp):
+    torch.manual_seed(0)
+    net = models.make("swiftface", 16, 32).eval()
+    images = np.random.default_rng(0).integers(0, 255, (21, 32, 32, 3), np.uint8)
+    z = verify.embed(net, images)
+    close(z.norm(dim=1), np.ones(21), 1e-6)
+    close(z, verify.embed(net, images, batch_size=4), 1e-5)
+    close(z[[7, 2]], verify.embed(net, images, rows=np.array([7, 2])), 1e-5)
+    with torch.no_grad():
+        x = data.normalise(torch.from_numpy(images))
+        close(z, F.normalize(net(x) + net(x.flip(3))), 1e-5)
+        close(verify.embed(net, images, mirror="none"), F.normalize(net(x)), 1e-5)
+    with torch.no_grad():
+        net.trunk[0].weight[0, 0, 0, 0] = math.nan
+    raises("not finite", verify.embed, net, images)
+
+
+def test_verify_closed_set_and_submission(tmp):
+    labels = np.array([0, 0, 1, 2])
+    images = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+    net = models.make("swiftface", 16, 32).eval()
+    for spec in ("cosface", "triplet"):
+        criterion = losses.make(spec, 16, 3)
+        if criterion.weight is not None:
+            with torch.no_grad():
+                criterion.weight.copy_(verify.centroids(verify.embed(net, images), labels, 3))
+        known = images, labels, np.arange(4)
+        assert verify.closed_set(net, criterion, known, known, 3) == (1.0, 1.0), spec
+    (tmp / "sample_submission.csv").write_text("id,match\n0,0\n1,0\n")
+    verify.write_submission(tmp / "s.csv", np.array([0.1, -1 / 3]), tmp)
+    assert (tmp / "s.csv").read_text() == f"id,match\n0,0.1\n1,{-1 / 3!r}\n"
+    raises("2 rows, but there are 3", verify.write_submission, tmp / "s.csv", np.zeros(3), tmp)
+    raises("not finite", verify.write_submission, tmp / "t.csv", np.array([0, math.nan]), tmp)
+    assert not (tmp / "t.csv").exists()
+
+
+# ---- models.py -----------------------------------------------------------------------------------------------
+
+def trunk_of_torchvision(arch):
+    """torchvision's layers up to the last feature map, on the meta device."""
+    with torch.device("meta"):
+        extra = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
+        net = getattr(torchvision.models, arch.replace("netv2", "net_v2"))(weights=None, **extra)
+    if hasattr(net, "features"):
+        return net.features
+    return nn.Sequential(*(m for name, m in net.named_children() if name not in ("avgpool", "dropout", "fc")))
+
+
+def on_meta(arch, dim=512, size=112):
+    with torch.device("meta"):
+        return models.make(arch, dim, size)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_models_agree_with_torchvision():
+    for arch in ("resnet101", "resnet152", "convnext_small", "convnext_base", "convnext_large"):
+        want, got = trunk_of_torchvision(arch).state_dict(), on_meta(arch).trunk.state_dict()
+        assert [v.shape for v in got.values()] == [v.shape for v in want.values()], arch
+    for arch in ("resnet18", "resnet34", "resnet50", "convnext_tiny", "mobilenetv2", "alexnet", "vgg11",
+                 "vgg16", "googlenet"):
+        torch.manual_seed(0)
+        want, got = trunk_of_torchvision(arch), models.make(arch).trunk
+        with torch.no_grad():                               # scales, biases, statistics with an effect
+            for p in got.parameters():
+                if p.dim() in (1, 3):
+                    p += 0.2 * torch.rand_like(p)
+            got(torch.randn(4, 3, 64, 64))
+        values = [value.clone() for value in got.state_dict().values()]
+        assert [v.shape for v in want.state_dict().values()] == [v.shape for v in values], arch
+        assert [p.shape for p in want.parameters()] == [p.shape for p in got.parameters()], arch
+        want.load_state_dict(dict(zip(want.state_dict(), values)), assign=True)
+        for size in (64, 96):
+            images = torch.randn(2, 3, size, size)
+            for mode in (False, True):
+                outputs = []
+                for net in (want, got):
+                    torch.manual_seed(1)                    # drop-path must draw the same numbers
+                    with torch.no_grad():
+                        outputs.append(net.train(mode)(images))
+                error = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+                assert outputs[0].std() > 0 and error < 1e-5, (arch, size, mode, error.item())
+
+
+def test_models_counts():
+    # arch, dim, size, input channels as published, parameters
+    face = [("lenetpp", 2, 32, 1, 799394), ("lightcnn9", 256, 128, 1, 5480864),
+            ("lightcnn29", 256, 128, 1, 12573280),
+            ("iresnet18", 512, 112, 3, 24025600), ("iresnet34", 512, 112, 3, 34139328),
+            ("iresnet50", 512, 112, 3, 43590848), ("iresnet100", 512, 112, 3, 65156160),
+            ("mobilefacenet", 128, 112, 3, 1003136), ("sphere20", 512, 112, 3, 22666944 + 512 * 7 * 512)]
+    for arch, dim, size, channels, want in face:
+        net = on_meta(arch, dim, size)
+        first = next(net.parameters())
+        assert count(net) - (3 - channels) * first[:, 0].numel() == want, arch
+    head = {"resnet18": 11.69, "resnet34": 21.80, "resnet50": 25.56, "resnet101": 44.55, "resnet152": 60.19,
+            "seresnet50": 28.09, "seresnet101": 49.33, "googlenet": 6.62, "mobilenetv2": 3.50,
+            "convnext_atto": 3.70, "convnext_femto": 5.22, "convnext_pico": 9.05, "convnext_nano": 15.59,
+            "convnext_tiny": 28.59, "convnext_small": 50.22, "convnext_base": 88.59, "convnext_large": 197.77}
+    for arch, want in head.items():                         # the trunk and a 1000-class head
+        trunk = on_meta(arch).trunk
+        width = 1024 if arch == "googlenet" else [*trunk.parameters()][-1].shape[0]
+        norm = 2 * width if "convnext" in arch else 0
+        assert round((count(trunk) + norm + 1000 * width + 1000) / 1e6, 2) == want, arch
+    for arch, want in {"alexnet": 2469696, "vgg11": 9220480, "vgg16": 14714688}.items():
+        assert count(on_meta(arch).trunk) == want, arch
+    for arch, dim, size, want in (("iresnet18", 512, 112, 2.6), ("iresnet34", 512, 112, 4.5),
+                                  ("iresnet50", 512, 112, 6.3), ("iresnet100", 512, 112, 12.1),
+                                  ("mobilefacenet", 128, 112, 0.221), ("mobilenetv2", 1280, 224, 0.301),
+                                  ("googlenet", 1024, 224, 1.498), ("resnet50", 2048, 224, 4.089),
+                                  ("convnext_tiny", 768, 224, 4.456), ("convnext_pico", 512, 224, 1.4)):
+        net = on_meta(arch, dim, size)                      # at 224: dim is the map's width, the head's input
+        got = models.macs(net, size) if size < 224 else models.macs(net.trunk, size) + 1000 * dim
+        assert round(got / 1e9, len(str(want).split(".")[1])) == want, arch
+    net = models.make("mobilefacenet", 32, 32).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert models.macs(net, 32) == models.macs(on_meta("mobilefacenet", 32, 32), 32) and net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net(torch.randn(2, 3, 32, 32)).std() > 0.5       # the layers that counting skips are back
+
+
+def test_models_train_save_and_load():
+    torch.manual_seed(0)
+    wave, labels = torch.linspace(0, 12, 32).sin(), torch.arange(8) % 2     # lying and standing stripes
+    images = torch.where(labels[:, None, None, None] == 0, wave[:, None], wave[None, :])
+    images = images + 0.1 * torch.randn(8, 3, 32, 32)
+    for arch in models.ARCHS:
+        torch.manual_seed(0)
+        net, head = models.make(arch, dim=16, size=32).train(), nn.Linear(16, 2)
+        # On 1x1 maps the loss of deep nets of batch norm is rough: all images, and tiny backbone steps.
+        rough = arch.startswith(("resnet", "seresnet", "googlenet", "lightcnn", "mobilenetv2"))
+        steps = torch.optim.SGD([{"params": net.parameters(), "lr": 1e-5 if rough else 0.05},
+                                 {"params": head.parameters(), "lr": 0.2}])
+        some, losses = slice(8 if rough else 4), []
+        for step in range(4):
+            torch.manual_seed(1)                            # the same dropout each time
+            with torch.set_grad_enabled(step < 3):
+                out = net(images[some])
+                loss = nn.functional.cross_entropy(head(4 * nn.functional.normalize(out)), labels[some])
+            losses.append(loss.item())
+            if step < 3:
+                steps.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), 1, error_if_nonfinite=True)
+                steps.step()
+        assert out.shape[1:] == (16,) and losses[-1] < losses[0], (arch, losses)
+        state = net.state_dict()
+        if count(net) < 3e7:                                # through a file, where the clock allows it
+            file = io.BytesIO()
+            torch.save(state, file)
+            state = torch.load(io.BytesIO(file.getvalue()))
+        twin = on_meta(arch, 16, 32)
+        twin.load_state_dict(state, assign=True)
+        with torch.no_grad():
+            assert torch.equal(net.eval()(images[:1]), twin.eval()(images[:1])), arch
+
+
+SMALL = ("lenetpp", "alexnet", "vgg11", "googlenet", "lightcnn29", "resnet18", "seresnet50", "sphere10",
+         "iresnet18", "iresnet_se18", "mobilenetv2", "mobilefacenet", "convnext_atto")
+
+
+def test_models_sizes_memory_format_autocast_and_fold():
+    for arch in SMALL:
+        torch.manual_seed(0)
+        net = models.make(arch, dim=8, size=64)
+        images = torch.randn(4, 3, 64, 64)
+        with torch.no_grad():
+            for _ in range(3):                              # statistics away from 0 and 1
+                net(images)
+            net.eval()
+            want, folded = net(images), models.fold(net)
+            norms = [m for m in folded.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+            assert len(norms) == (9 if "iresnet" in arch else 0), arch      # before a convolution they stay
+            assert (folded(images) - want).abs().max() < 1e-5 * want.abs().max(), arch
+            assert torch.equal(net(images), want), arch     # fold works on a copy
+            for side in (32, 48, 80):
+                assert net(torch.randn(2, 3, side, side)).shape == (2, 8), (arch, side)
+            images = images.contiguous(memory_format=torch.channels_last)
+            last = net.to(memory_format=torch.channels_last)(images)
+            assert (last - want).abs().max() < 1e-4 * want.abs().max(), arch
+        for kind in (torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", kind):
+                out = net.train()(images)
+            assert out.isfinite().all(), (arch, kind)
+        out.float().square().mean().backward()              # not in float16: that takes minutes on a CPU
+        assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad), arch
+
+
+def test_models_randomness_is_the_global_generators():
+    for arch in ("iresnet18", "convnext_atto"):
+        net, images = models.make(arch, 8, 32), torch.randn(4, 3, 32, 32)
+        for block in net.modules():
+            if isinstance(block, models.ConvNeXtBlock):
+                nn.init.ones_(block.scale)
+        outputs = []
+        for seed in (1, 2, 1):
+            torch.manual_seed(seed)
+            outputs.append(net(images).detach())
+        assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1]), arch
+
+
+def test_models_make_answers_mistakes():
+    for arguments, words in ((("resnt50",), "resnet50"), (("iresnet_se5",), "iresnet_se50"),
+                             ((None,), "nearest"), (("resnet18", 0), "dimension"),
+                             (("resnet18", 8, 31), "32..256"), (("resnet18", 8, 257), "32..256")):
+        try:
+            models.make(*arguments)
+            raise AssertionError(arguments)
+        except ValueError as error:
+            assert words in str(error) and "\n" not in str(error), error
+    for arch in SMALL:
+        for size in (33, 100, 255):
+            net, sides = on_meta(arch, 8, size), []
+            for m in net.modules():
+                if isinstance(m, models.Fit):               # a net of this size pools only to bound its neck
+                    m.register_forward_hook(lambda m, x, y: sides.append((x[0].shape[-1], y.shape[-1])))
+            assert models.macs(net, size) > 0
+            assert all(a == b or a > b == 4 for a, b in sides) and sides, (arch, size, sides)
+    lines = models.table().splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(models.ARCHS)
+
+
+# ---- losses.py -----------------------------------------------------------------------------------------------
+
+CLASS_HEADS = ("modified normface coco vmf adacos lsoftmax asoftmax sphereface am cosface arcface combined curricular "
+               "subcenter adaface magface elastic sphereface2 uniface circle_class groupface").split()
+SAMPLED = [n for n, f in losses.FORMULAS.items() if "sample" in losses.inspect.signature(f).parameters]
+SHAPES = "range ring uniform center center_invariant".split()                   # terms that alone make no embedding
+
+
+def loss_of(spec, dim=8, classes=6, double=True, seed=0):
+    torch.manual_seed(seed)
+    with mock.patch.object(losses, "automatic", lambda classes: {"s": 64.0, "m": 0.5}):         # as published
+        module = losses.make(spec, dim, classes)
+    return module.double() if double else module
+
+
+def with_partner(name):
+    return ("ce+" if name in SHAPES or name == "regular" else "") + name
+
+
+def people(people=4, each=3, dim=8, seed=1):
+    torch.manual_seed(seed)
+    return (torch.randn(people * each, dim).double() * 2).requires_grad_(), torch.arange(people).repeat(each)
+
+
+@contextlib.contextmanager
+def logits_seen():
+    """A list that receives (logits, labels) of each cross-entropy, of classes or of one against the rest."""
+    seen, keep = [], (F.cross_entropy, losses.one_against_rest)
+
+    def watch(f):
+        return lambda logits, y, *a, **k: seen.append((logits.detach().clone(), y)) or f(logits, y, *a, **k)
+    F.cross_entropy, losses.one_against_rest = map(watch, keep)
+    try:
+        yield seen
+    finally:
+        F.cross_entropy, losses.one_against_rest = keep
+
+
+def test_losses_equal_each_other_at_special_parameters():
+    for a, b in (("combined:m1=1,m2=0,m3=0", "normface:s=64,learn=false"), ("combined:m2=0.5,m3=0", "arcface"),
+                 ("combined:m2=0,m3=0.35", "cosface"), ("combined:s=30,m1=1.7,m2=0,m3=0", "sphereface"),
+                 ("am:s=64", "cosface"), ("coco", "normface:s=30,learn=false"), ("normface:s=30", "coco"),
+                 ("adaface:h=0,m=0.35", "cosface"), ("elastic:sigma=0", "arcface"),
+                 ("elastic:sigma=0,kind=cos,m=0.35", "cosface"), ("subcenter:k=1", "arcface"),
+                 ("magface:m_low=0.5,m_high=0.5,lam=0", "arcface"), ("vmf:shared=true", "coco"),
+                 ("adacos:dynamic=false", f"coco:s={math.sqrt(2) * math.log(5)!r}"),
+                 ("asoftmax:base=1e14", "modified"), ("asoftmax:m=1", "modified"), ("contrastive:m=1.1",
+                 "double_margin:m_p=0,m_n=1.1,weight=0.5"), ("tse:m=0.3,k=8", "hinge:m=0.3"),
+                 ("elastic", "arcface"), ("sphereface2:t=1", "sphereface2:t=1,lw=50")):
+        one, two = loss_of(a), loss_of(b)
+        if a == "elastic":                                                      # its noise is for training only
+            one.eval()
+        for p, q in zip(one.parameters(), two.parameters()):
+            p.data = q.data.clone()
+        x, y = people()
+        r, t = one(x, y), two(x, y)
+        close(r, t, 1e-6)                                                       # some constants are float32's
+        close(*(torch.autograd.grad(v, x)[0] for v in (r, t)), tolerance=1e-6)
+    x, y = people()
+    ada, arc = loss_of("adaface:m=0.4"), loss_of("arcface:m=0.4")
+    ada.terms[0].mean.fill_(1e6), ada.eval()                                    # every norm is far below: z = -1
+    ada.terms[0].std.fill_(1.0)
+    close(ada(x, y), arc(x, y))
+    group, lam = loss_of("groupface:lam=0.1"), loss_of("groupface:lam=0")
+    arc = loss_of("arcface")
+    for g in (group, lam):
+        g.terms[0].parts.data.zero_(), g.eval()
+    lam.weight.data, group.weight.data = arc.weight.data, arc.weight.data
+    close(lam(x, y), arc(x, y))
+    p = group.terms[0].groups(x)
+    close(group(x, y) - arc(x, y), 0.1 * F.cross_entropy(p, (p.softmax(1) - 0.25).argmax(1)))
+    w = losses.unit(arc.weight)                                                 # no negative is hard on its own weight
+    close(loss_of("curricular")(w.detach()[:3], y[:3] * 0 + torch.arange(3)), arc(w.detach()[:3], torch.arange(3)))
+    mag = loss_of("magface:m_low=0.5,m_high=0.5,low=1,high=50")
+    a = x.norm(dim=1).clamp(1, 50)
+    close(mag(x, y), arc(x, y) + 35 * (1 / a + a / 2500).mean())
+    tpe, s = loss_of("tpe:k=8"), losses.cosines(x)
+    close(tpe(x, y), torch.stack([F.softplus(s[a, n] - s[a, p]) for a, p, n in all_triplets(y)]).mean())
+    pairs = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    close(loss_of("npair:reg=0")(x[:8], pairs), F.cross_entropy(x[:4] @ x[4:8].T, torch.arange(4)))
+    two = losses.cosines(x[:8]).fill_diagonal_(-math.inf) / 0.1
+    close(loss_of("supcon")(x[:8], pairs), F.cross_entropy(two, (torch.arange(8) + 4) % 8))
+    vmf, k = loss_of("vmf:s=20"), 20.0                                          # d log C_D / dk = -I_{v+1}/I_v
+    vmf.logits(x)[0, 2].backward()
+    bessel = lambda v: sum((k / 2) ** (2 * i + v) / math.gamma(i + 1) / math.gamma(i + v + 1) for i in range(60))  # noqa: E731
+    cos = losses.unit(x[0]) @ losses.unit(vmf.weight[2])
+    close(vmf.terms[0].log_k.grad[2], k * (cos - bessel(4) / bessel(3)) , 5e-3)
+
+
+def all_triplets(y):
+    n = range(len(y))
+    return [(a, p, q) for a in n for p in n if p != a and y[p] == y[a] for q in n if y[q] != y[a]]
+
+
+def by_hand(x, y):
+    """name -> value, by loops over Python numbers."""
+    n, u = range(len(y)), losses.unit(x)
+    s = [[float(u[i] @ u[j]) for j in n] for i in n]
+    d = [[float((u[i] - u[j]).norm()) for j in n] for i in n]
+    same = [(i, j) for i in n for j in n if i != j and y[i] == y[j]]
+    other = [(i, j) for i in n for j in n if y[i] != y[j]]
+    P, N = ([[j for a, j in pairs if a == i] for i in n] for pairs in (same, other))
+    mean = lambda v: sum(v) / max(len(v), 1)                                    # noqa: E731
+    plus, soft, triples = (lambda v: max(v, 0.0)), (lambda v: math.log1p(math.exp(v))), all_triplets(y)
+    semi = []
+    for a, p in same:
+        if N[a]:
+            far = [q for q in N[a] if s[a][q] < s[a][p]]
+            semi.append((a, p, max(far, key=lambda q: s[a][q]) if far else min(N[a], key=lambda q: s[a][q])))
+    hard = [(a, min(P[a], key=lambda p: s[a][p]), max(N[a], key=lambda q: s[a][q])) for a in n if P[a] and N[a]]
+    tri = lambda t, m=0.2: [plus(d[a][p] ** 2 - d[a][q] ** 2 + m) for a, p, q in t]             # noqa: E731
+    gaps = lambda t: [s[a][q] - s[a][p] for a, p, q in t]                       # noqa: E731
+    both = [a for a in n if P[a] and N[a]]
+    people = sorted(set(y.tolist()))
+    intra = 0.0
+    for c in people:
+        worst = sorted((d[i][j] for i, j in same if i < j and y[i] == c), reverse=True)[:2]
+        intra += len(worst) / sum(1 / v for v in worst) if worst else 0
+    mid = [sum(u[i] for i in n if y[i] == c) / sum(1 for i in n if y[i] == c) for c in people]
+    inter = min((float((a - b).norm()) ** 2 for i, a in enumerate(mid) for b in mid[:i]), default=9.0)
+    first = {c: [i for i in n if y[i] == c] for c in people}
+    first = {c: v for c, v in first.items() if len(v) > 1}
+    dot = lambda i, j: float(x[i] @ x[j])                                       # noqa: E731
+    con = [-mean([s[i][p] / 0.1 - math.log(sum(math.exp(s[i][a] / 0.1) for a in n if a != i)) for p in P[i]])
+           for i in n if P[i]]
+    cir = [soft(math.log(sum(math.exp(80 * plus(s[i][j] + 0.4) * (s[i][j] - 0.4)) for j in N[i]))
+                + math.log(sum(math.exp(-80 * plus(1.4 - s[i][p]) * (s[i][p] - 0.6)) for p in P[i]))) for i in both]
+    mul = [math.log1p(sum(math.exp(-2 * (s[i][p] - 0.5)) for p in P[i])) / 2
+           + math.log1p(sum(math.exp(50 * (s[i][j] - 0.5)) for j in N[i])) / 50 for i in n]
+    axis = 1.4 * math.log(2)
+    l1 = [[math.sqrt(8) - axis * float((u[i] - u[j]).abs().sum()) for j in n] for i in n]
+    return {
+        "contrastive": mean([d[i][j] ** 2 / 2 for i, j in same]) + mean([plus(1 - d[i][j]) ** 2 / 2 for i, j in other]),
+        "double_margin": mean([plus(d[i][j] - 0.4) ** 2 for i, j in same]) + mean([plus(1.2 - d[i][j]) ** 2 for i, j in other]),
+        "marginal": mean([plus(0.3 - 1.2 + d[i][j] ** 2) for i, j in same] + [plus(0.3 + 1.2 - d[i][j] ** 2) for i, j in other]),
+        "triplet:mining=all": mean([v for v in tri(triples) if v > 0]), "triplet:mining=hard": mean(tri(hard)),
+        "triplet": mean(tri(semi)), "hinge": mean([plus(v + 0.2) for v in gaps(triples)]),
+        "hinge:mining=hard": mean([plus(v + 0.2) for v in gaps(hard)]),
+        "tse:k=8": mean([plus(v + 0.1) for v in gaps(triples)]), "tpe:k=8": mean([soft(v) for v in gaps(triples)]),
+        "npair": mean([math.log(sum(math.exp(dot(v[0], w[1])) for w in first.values())) - dot(v[0], v[1])
+                       for v in first.values()]) + 0.002 * mean([dot(i, i) for i in n]),
+        "supcon": mean(con), "circle": mean(cir), "multisim": mean(mul), "range": intra + plus(1 - inter),
+        "siamese": mean([soft(-l1[i][j]) for i, j in same]) + mean([soft(l1[i][j]) for i, j in other]),
+        "uniform": mean([1 / (1 + float((u[i] - u[j]).norm())) for i, j in other]) if not same else None}
+
+
+def test_losses_of_pairs_and_triplets_agree_with_loops():
+    for labels in ([0, 1, 2, 3] * 3, [0] * 5 + [1] * 3 + [2, 2, 3, 4], [5] * 12, list(range(12))):
+        x, y = people(seed=len(set(labels)))[0], torch.tensor(labels)
+        x.data[4] = x.data[0] + 0.1                                             # close, by an angle in any margin
+        for spec, want in by_hand(x.detach(), y).items():
+            if want is not None:
+                close(loss_of(spec, classes=12)(x, y), want, 1e-6 if "circle" in spec else 1e-7)
+
+
+def test_losses_terms_follow_the_published_rules():
+    x, y = people()
+    y = torch.tensor([0] * 5 + [1] * 3 + [2, 2, 3, 3])
+    center, invariant, ring = loss_of("center"), loss_of("center_invariant"), loss_of("ring")
+    c = torch.zeros(6, 8).double()
+    for step in range(3):
+        z = (x * (1 + step)).detach().requires_grad_()
+        value = center(z, y)
+        close(value, sum((z[i] - c[y[i]]).square().sum() for i in range(12)) / 24)
+        close(torch.autograd.grad(value, z)[0], (z - c[y]).detach() / 12)
+        mean = c.square().sum(1).mean()
+        new = torch.stack([c[k] - 0.5 * sum([c[k] - z[i].detach() for i in range(12) if y[i] == k], torch.zeros(8).double())
+                           / (1 + (y == k).sum()) for k in range(6)])
+        close(invariant(z, y), sum((new[y[i]].square().sum() - mean) ** 2 for i in range(12)) / 48)
+        c = new
+        close(center.terms[0].c, c), close(invariant.terms[0].c, c)
+    assert center.eval()(x, y) == center(x, y)                                  # evaluation moves nothing
+    norm = x.norm(dim=1)
+    close(ring(x, y), (norm - norm.mean()).square().mean() / 2)
+    close(ring(2 * x, y), (2 * norm - norm.mean()).square().mean() / 2)
+    reg = loss_of("ce+regular")
+    w = losses.unit(reg.weight.detach())
+    near = [max(float(w[a] @ w[b]) for b in range(6) if b != a) for a in y.tolist()]
+    close(reg(x, y) - loss_of("ce")(x, y), sum(near) / 12)
+    adacos = loss_of("adacos")
+    cos, s0 = losses.unit(x) @ losses.unit(adacos.weight).T, float(adacos.terms[0].s)
+    mean = sum(math.exp(s0 * cos.detach()[i, j]) for i in range(12) for j in range(6) if j != y[i]) / 12
+    theta = sorted(math.acos(cos.detach()[i, y[i]]) for i in range(12))[5]
+    adacos(x, y)
+    close(adacos.terms[0].s, math.log(mean) / math.cos(min(theta, math.pi / 4)), 1e-7)
+    mine, hot, still = cos.gather(1, y[:, None]), F.one_hot(y, 6) > 0, cos.detach()      # the fast ones, plainly
+    angle = mine.acos() + 0.5
+    target = torch.where(angle < math.pi, angle.cos(), -2 - angle.cos())
+    for name, mine, rest in (("curricular", target, cos * torch.where(
+            cos > target, 0.01 * mine.mean().detach() + cos, 1)),
+            ("circle_class", 4 * (1.25 - still) * (cos - 0.75), 4 * (still + 0.25).relu() * (cos - 0.25))):
+        pair = F.cross_entropy(64 * torch.where(hot, mine, rest), y), loss_of(name)(x, y)
+        close(*pair)
+        close(*(torch.autograd.grad(v, x, retain_graph=True)[0] for v in pair), tolerance=1e-6)
+    for spec, value in (("sphereface2", lambda l, i, j: l - 40 * 0.4 if j == y[i] else l + 40 * 0.4),
+                        ("uniface", lambda l, i, j: l - math.log(60) - (64 * 0.4 if j == y[i] else 0))):
+        head = loss_of(spec)
+        l, two = head.logits(x), spec == "sphereface2"
+        total = sum(F.softplus(value(l[i, j], i, j) * (-1 if j == y[i] else 1)) * ((0.7 if j == y[i] else 0.3) if two else 1)
+                    for i in range(12) for j in range(6))
+        close(head(x, y), total / 12 * (50 / 40 if two else 1), 1e-6)
+        if two:
+            close(l, 40 * (2 * ((cos + 1) / 2) ** 3 - 1) + head.terms[0].b)
+
+
+def test_losses_margin_has_the_right_gradient_and_falls_on_all_angles():
+    t = torch.linspace(-0.99, 0.99, 37).double().requires_grad_()
+    m2 = torch.linspace(-0.4, 0.9, 37).double().requires_grad_()
+    for m in ((1, 0, 0), (1, 0.5, 0), (1, 0, 0.35), (1.7, 0, 0), (4, 0, 0), (1.2, 0.4, 0.1), (0.9, 0.4, 0.15)):
+        assert torch.autograd.gradcheck(partial(losses.psi, m1=m[0], m2=m[1], m3=m[2]), t)
+    assert torch.autograd.gradcheck(lambda t, m2: losses.psi(t, 1.3, m2, 0.2 + m2), (t, m2))
+    for t in (1.0, -1.0):                                                       # bounded where d acos is infinite
+        t = torch.tensor(t, requires_grad=True)
+        assert torch.autograd.grad(losses.psi(t, 1, 0.5), t)[0].abs() <= 100
+    x, w = torch.randn(5, 8).double().requires_grad_(), torch.randn(7, 8).double().requires_grad_()
+    assert torch.autograd.gradcheck(losses.Cosines.apply, (x, w))
+    close(losses.Cosines.apply(x, w), x @ losses.unit(w).T)
+    angles = torch.linspace(0, math.pi, 2001).double()
+    for m in ((1, 0, 0), (1, 0.5, 0), (1.7, 0, 0), (4, 0, 0), (1.2, 0.4, 0.1)):
+        assert (losses.psi(angles.cos(), *m).diff() < 0).all(), m
+    x, y = 15 * torch.stack([angles.cos(), -angles.sin()], 1), torch.zeros(2001).long()
+    for name in CLASS_HEADS:
+        head = loss_of(name, 2, 2).eval()
+        with torch.no_grad(), logits_seen() as seen:
+            head.weight.copy_(torch.tensor([1.0, 0.0]))                         # all on the first axis
+            for p in getattr(head.terms[0], "parts", ()):
+                p.zero_()
+            head(x, y)
+        fall = seen[0][0][:, 0].diff()
+        assert (fall[:1900] < 0).all() and (fall <= 0).all(), name              # sphereface2: a cube, flat at its end
+
+
+def test_losses_expected_is_the_first_loss():
+    torch.manual_seed(3)
+    x, y, stated = torch.randn(256, 512), torch.randint(0, 2000, (256,)), []
+    for spec in (*losses.LOSSES, "ce+0.5*cosface:sample=0.2", "2*arcface", "arcface:sample=0.2", "elastic:kind=cos"):
+        if spec != "regular" and (want := losses.make(spec, 512, 2000).expected()) is not None:
+            got = sum(loss_of(spec, 512, 2000, False, k)(x, y).item() for k in range(2)) / 2
+            assert abs(got / want - 1) < 0.03, (spec, got, want)
+            stated.append(spec)
+    assert len(stated) >= 14, stated
+    close(losses.make("2*arcface+0.5*ce", 512, 2000).expected(),
+          2 * losses.make("arcface", 512, 2000).expected() + 0.5 * math.log(2000))
+
+
+def test_losses_depend_on_no_order():
+    for name in losses.LOSSES:
+        spec = with_partner(name) + (":sigma=0" if name == "elastic" else "")
+        one, two, three = loss_of(spec), loss_of(spec), loss_of(spec)
+        x, y = people(4, 2)                                                      # npair takes a person's first two
+        order, names = torch.randperm(8), torch.tensor([3, 5, 0, 4, 1, 2])
+        if name == "npair":
+            order = torch.tensor([2, 0, 3, 1, 6, 4, 7, 5])
+        for p in three.parameters():
+            if p.shape[:1] in ((6,), (18,)):
+                q = p.data.clone().view(-1, 6, *p.shape[1:])
+                p.data.view_as(q)[:, names] = q
+        for _ in range(2):
+            want = one(x, y)
+            close(two(x[order], y[order]), want)
+            close(three(x, names[y]), want)
+
+
+def test_losses_are_finite_everywhere():
+    kinds = {"random": lambda x, w: x, "perfect": lambda x, w: 3 * w, "opposite": lambda x, w: -3 * w,
+             "zero": lambda x, w: 0 * x, "tiny": lambda x, w: 1e-12 * x, "huge": lambda x, w: 1e4 * x,
+             "identical": lambda x, w: torch.ones_like(x)}
+    half = [(d, k) for d in (torch.bfloat16, torch.float16) for k in ("random", "zero")]
+    for name in losses.LOSSES:
+        for classes, lists in (2, ([0, 1] * 4, [1], [0] * 8)), (1000, ([0, 1] * 4, list(range(8)))):
+            module = loss_of(with_partner(name), 16, classes, False)
+            w = torch.eye(16)[torch.arange(classes) % 16] if module.weight is None else losses.unit(
+                module.weight[:classes]).detach()
+            for labels in lists:
+                y = torch.tensor(labels)
+                for dtype, kind in (half if labels == lists[0] else []) + [(torch.float32, k) for k in kinds]:
+                    x = kinds[kind](torch.randn(len(y), 16), w[y]).to(dtype).requires_grad_()
+                    module.zero_grad()
+                    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else dtype):
+                        value = module(x, y) + module(x, y)                     # twice, as in gradient accumulation
+                    value.backward()
+                    where = name, classes, labels, kind, dtype, value
+                    assert value.dtype == torch.float32 and value.dim() == 0 and value.isfinite(), where
+                    some = [p.grad for p in (x, *module.parameters()) if p.grad is not None]
+                    assert all(v.isfinite().all() for v in (*some, *module.buffers())), where
+
+
+def test_losses_survive_a_checkpoint_in_float64():
+    for name in losses.LOSSES:
+        x, y = people(4, 3)
+        one, two = loss_of(with_partner(name)), loss_of(with_partner(name), seed=9)
+        optimizer = torch.optim.SGD([x, *one.parameters()], 0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            one(x, y).backward()
+            optimizer.step()
+        two.load_state_dict(one.state_dict())
+        values = []
+        for m in (one, two):
+            torch.manual_seed(5)
+            values += [m(x, y), m.eval()(x, y), m.project(x).sum()]
+        assert values[0].dtype == torch.float64 and values[:3] == values[3:], (name, values)
+
+
+def test_losses_bring_four_people_to_eer_0():
+    y = torch.arange(4).repeat(4)
+    i, j = torch.triu_indices(16, 16, 1)
+    for name in losses.LOSSES:
+        module, rates = loss_of(with_partner(name) + ":k=1" * (name == "subcenter"), 16, 4, False), []
+        x = (0.1 * (torch.randn(4, 16)[y] + 1.1 * torch.randn(16, 16))).requires_grad_()
+        optimizer = torch.optim.Adam([x, *module.parameters()], 0.03)
+        for step in range(61):
+            if step in (0, 60):
+                with torch.no_grad():
+                    z = module.eval().project(x)
+                    s = module.score(z[i], z[j]) if module.score else losses.cosines(z)[i, j]
+                    rates.append(eer.eer((y[i] == y[j]).numpy(), s.numpy())[0])
+            module.train().zero_grad()
+            x.grad, order = None, torch.randperm(16)
+            module(x[order], y[order]).backward()
+            optimizer.step()
+        assert rates[0] > 0.02 and rates[1] == 0, (name, rates)
+        assert module.weight is None or (module.logits(x).argmax(1) == y).all(), name
+
+
+def test_losses_answer_mistakes():
+    for spec, words in (("arcfase", "did you mean 'arcface'"), ("arcface:mm=1", "did you mean 'm'"), ("arcface:s", "argument"),
+                        ("arcface:s=x", "expected float"), ("arcface:s=0", "positive"), ("arcface:m=-1", "0 or more"),
+                        ("arcface:s=nan", "finite"), ("triplet:mining=al", "all or hard or semihard"), ("ce++center", "cannot read"),
+                        ("modified:s=1", "takes no arguments"), ("center+regular", "ce+regular"), ("2*deepid2", "stands for"),
+                        ("facenet:m=1", "stands for"), ("1e+*ce", "numbers"), ("-1*ce", "weight"), ("1e999*ce", "weight"),
+                        ("arcface:sample=2", "0..1"), ("arcface:sample=0", "0..1"), ("normface:learn=maybe", "expected bool"),
+                        ("subcenter:k=1.5", "expected int"), ("tse+groupface", "embedding"), ("", "cannot read"),
+                        ("sphereface2:alpha=1", "numbers"), ("magface:low=9,high=9", "numbers"), ("ce:smooth=3", "0..1"), ("multisim:alpha=0", "numbers"),
+                        ("0.5*npair+regular", "ce+regular"), ("arcface:s=3,s=4", "twice")):
+        try:
+            losses.make(spec, 8, 6)
+        except ValueError as e:
+            assert words in str(e) and "\n" not in str(e), (spec, str(e))
+        else:
+            raise AssertionError(spec)
+    for spec, full in (("Softmax", "ce"), ("DeepID2", "ce+0.05*contrastive"), (" ce + 1e-3 * center ", "ce+1e-3*center"),
+                       ("facenet", "triplet:mining=semihard,m=0.2"), ("softmax:smooth=0.1", "ce:smooth=0.1"),
+                       ("1e+0*ce+regular", "1e+0*ce+regular"), ("normface:learn=FALSE", "normface:learn=FALSE")):
+        module = losses.make(spec, 8, 6)
+        assert module.spec == full and losses.make(module.spec, 8, 6).spec == full
+    assert all(losses.make(with_partner(n), 8, 6).balanced == (n in
+               "contrastive double_margin marginal triplet hinge tse tpe npair supcon circle multisim siamese range".split())
+               for n in losses.LOSSES)
+    assert all(f"  {n}" in losses.table() for n in (*losses.LOSSES, *losses.ALIASES))
+    assert all(losses.make(a, 8, 6).spec for a in losses.ALIASES)
+    x, y = people()
+    close(loss_of("2*ce+0.5*supcon")(x, y), 2 * loss_of("ce")(x, y) + 0.5 * loss_of("supcon")(x, y))
+    assert loss_of("triplet").weight is None and loss_of("arcface+0.1*tse:k=4").project(x).shape == (12, 4)
+
+
+def test_losses_sampled_classes_hold_the_batch():
+    x, y = people(4, 3)[0], torch.tensor([39, 0, 7, 7, 8, 20, 39, 1, 2, 3, 4, 5])
+    for name in SAMPLED:
+        for share, n in (("0.5", 20), ("0.01", 12), ("1", 40)):                 # never fewer columns than images
+            module = loss_of(f"{name}:sample={share}", classes=40)
+            with logits_seen() as seen:
+                module(x, y).backward()
+                rows = module.weight.grad.view(-1, 40, 8).abs().sum((0, 2)) > 0
+                assert seen[0][0].shape[1] == n and rows.sum() <= n and rows[y].all(), (name, share)
+                seen.clear()
+                module.eval()(x, y)                                             # evaluation sees every class
+                assert seen[0][0].shape == module.logits(x).shape == (12, 40), name
+                assert (seen[0][1] == y).all(), name
+    assert len(SAMPLED) >= 14
+
+
+class Arrays(TorchDispatchMode):
+    """Sees each tensor an operation makes: the largest, and how many (B, C) floats live at once."""
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.alive, self.most, self.largest = shape, {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.numel())
+                if t.shape == self.shape and t.element_size() >= 4:
+                    storage = t.untyped_storage()
+                    self.alive[storage._cdata] = StorageWeakRef(storage)
+        self.alive = {k: r for k, r in self.alive.items() if not r.expired()}
+        self.most = max(self.most, len(self.alive))
+        return out
+
+
+def test_losses_hold_few_arrays():
+    y = torch.arange(16) % 8
+    for name in losses.LOSSES:
+        module, x = loss_of(with_partner(name), 32, 3000, False), torch.randn(16, 32, requires_grad=True)
+        with Arrays((16, 3000)) as seen:
+            module(x, y).backward()
+        assert seen.largest <= 3000 * 32 * (3 if name == "subcenter" else 1), (name, seen.largest)      # never C x C
+        assert seen.most <= 4, (name, seen.most)
+
+
+# ---- README and the rest -------------------------------------------------------------------------------------
+
+def test_readme_tables_are_complete():
+    text = (HERE / "README.md").read_text()
+    for what, names in (("loss", losses.LOSSES), ("architecture", models.ARCHS)):
+        missing = [n for n in names if f"| `{n}` |" not in text]
+        assert not missing, f"{what} table of README.md lacks {missing}"
+    for module in (data, train, verify, eer):
+        for line in (module.__doc__ or "").splitlines():
+            assert "\t" not in line
+
+
+def test_only_four_packages_are_imported():
+    import ast
+    allowed = {"torch", "torchvision", "numpy", "PIL", "data", "eer", "losses", "models", "train", "verify"}
+    for file in HERE.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) else [])
+            for name in names:
+                top = name.split(".")[0]
+                assert top in allowed or top in sys.stdlib_module_names, f"{file.name} imports {name}"
+                assert file.name != "models.py" or top != "torchvision"
+
+
+def main():
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    warnings.simplefilter("ignore")
+    counts = dict(passed=0, failed=0, skipped=0)
+    for name, test in list(globals().items()):
+        if not name.startswith("test_") or not any(word in name for word in sys.argv[1:] or [""]):
+            continue
+        since = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                test(*[Path(folder)] * len(inspect.signature(test).parameters))
+                outcome, why = "passed", ""
+            except Skip as e:
+                outcome, why = "skipped", f": {e}"
+            except Exception:
+                outcome, why = "failed", "\n" + traceback.format_exc()
+        counts[outcome] += 1
+        print(f"{outcome:<7} {time.monotonic() - since:5.1f} s  {name[5:].replace('_', ' ')}{why}", flush=True)
+    if faces.cache_info().currsize:
+        shutil.rmtree(faces().parent)
+    print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
+    sys.exit(counts["failed"] > 0)
+
+
+if __name__ == "__main__":
+    main()

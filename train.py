@@ -1,0 +1,383 @@
+"""Train a network to recognise faces.
+
+    python train.py --loss arcface --arch resnet34              # on data/, or on synthetic faces if there is none
+    python train.py --data HW2p2_S25 --loss "ce+0.003*center" --epochs 30
+    python train.py --data HW2p2_S25 --init best.pt --loss arcface --lr 0.01     # fine-tune under another loss
+    python train.py --resume --out runs/arcface_resnet34        # go on after an interruption
+    python train.py --loss help; python train.py --arch help    # what there is
+
+Writes OUT/best.pt (lowest validation EER), OUT/last.pt, OUT/log.csv, OUT/curves.png and links best.pt here.
+
+Everything random is a function of (seed, epoch) or (seed, step): the order of the images, their augmentation,
+dropout, margins that are drawn. Nothing random is stored, and a resumed run equals an uninterrupted one.
+"""
+import argparse
+import copy
+import csv
+import io
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import losses
+import models
+import verify
+
+FREE = {"epochs", "steps", "out", "resume", "save_every", "data", "device"}     # may differ when resuming
+COLUMNS = dict(epoch="{:.0f}", step="{:.0f}", loss="{:.3f}", lr="{:.2e}", acc="{:.2%}", eer="{:.2%}", auc="{:.2%}",
+               pair_acc="{:.2%}", img_per_s="{:.0f}", seconds="{:.0f}")
+
+
+def arguments():
+    def number(kind, low, high=math.inf):
+        def parse(text):
+            value = kind(text)
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"{text} is outside {low}..{high}")
+            return value
+        parse.__name__ = kind.__name__
+        return parse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default="data", help="data set, or a folder above it [data; if absent, synthetic faces]")
+    g.add_argument("--size", type=number(int, 32, 256), help="side of the input in pixels, 32..256 [the set's own]")
+    g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1, help="share of the people held out for"
+                   " validation where the set has no val_pairs; 0 trains on all and saves the last epoch as best [0.1]")
+    g = parser.add_argument_group("model and loss")
+    g.add_argument("--arch", default="resnet34", help="backbone; 'help' lists them [resnet34]")
+    g.add_argument("--dim", type=number(int, 1), default=512, help="length of the embedding [512]")
+    g.add_argument("--loss", default="arcface", help="a loss or a weighted sum such as 'ce+0.003*center' or"
+                   " 'arcface:s=30,m=0.3'; 'help' lists them [arcface]")
+    g.add_argument("--init", metavar="CKPT", help="start from the backbone of this checkpoint")
+    g.add_argument("--freeze", action="store_true", help="with --init: train only the loss's weights and layers that"
+                   " the checkpoint lacks")
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images [10]")
+    g.add_argument("--steps", type=number(int, 1), help="stop after this many steps in all; the schedule stays that"
+                   " of --epochs, and --resume goes on [none]")
+    g.add_argument("--batch-size", type=number(int, 1), help="images a step [128; 64 for fewer than 5,000 images]")
+    g.add_argument("--per-person", type=number(int, 2), default=4, help="images a person in the batches of losses on"
+                   " pairs and triplets [4]")
+    g.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="AdamW, or SGD with Nesterov momentum"
+                   " 0.9 [adamw]")
+    g.add_argument("--lr", type=number(float, 0), help="peak learning rate [0.001 for adamw, 0.1 for sgd]")
+    g.add_argument("--weight-decay", type=number(float, 0), help="on matrices and kernels, not on norms, biases and"
+                   " learned scalars [0.05 for adamw, 5e-4 for sgd]")
+    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps with rising rate [0.1]")
+    g.add_argument("--clip", type=number(float, 0), default=5.0, help="largest norm of the gradient, 0 for any [5]")
+    g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the weights"
+                   " that is evaluated and saved, 0 for none [0]")
+    g = parser.add_argument_group("augmentation, 0 switches each off")
+    for name, (strength, meaning) in data.AUGMENT.items():
+        g.add_argument(f"--{name}", type=number(float, 0, 90 if name == "rotate" else 1), default=strength,
+                       help=f"{meaning} [{strength}]")
+    g = parser.add_argument_group("the run")
+    g.add_argument("--out", help="folder of results [runs/<loss>_<arch>, numbered when taken]")
+    g.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its arguments")
+    g.add_argument("--save-every", type=number(float, 1), default=600.0, metavar="SECONDS", help="write last.pt at"
+                   " least this often [600]")
+    g.add_argument("--seed", type=number(int, 0), default=0, help="of everything random [0]")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the backbone;"
+                   " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    args = parser.parse_args()
+    if args.resume:                                         # the run's own arguments, unless the user insists
+        args.out = args.out or str(folder_of(args, -1))
+        ckpt = verify.load(Path(args.out) / "last.pt")
+        parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device")})
+        out, args = args.out, parser.parse_args()
+        args.out = out
+        other = [k for k, v in ckpt["args"].items() if k not in FREE and getattr(args, k) != v]
+        if other:
+            raise ValueError(f"cannot resume {out} with another " + ", ".join(
+                f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave them out, or start anew")
+        return args, ckpt
+    args.lr = args.lr if args.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[args.opt]
+    args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]
+    args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
+    return args, None
+
+
+def precision(device):
+    """What the hardware is quick at: bf16 on Ampere and later and on CPUs with AMX, fp16 on older GPUs."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "off"
+
+
+def folder_of(args, which):
+    """runs/<loss>_<arch>, then _2, _3, ...: number which of those that hold a run, or the first that is free."""
+    base = Path("runs") / re.sub(r"[^\w.+-]+", "_", f"{args.loss}_{args.arch}")
+    taken = []
+    while (folder := base if not taken else Path(f"{base}_{len(taken) + 1}")).joinpath("log.csv").exists():
+        taken.append(folder)
+    if which is None:
+        return folder
+    if not taken:
+        raise ValueError(f"{base}: no run to resume; name its folder with --out")
+    return taken[which]
+
+
+def claim(args):
+    """Create the folder of a new run. The exclusive creation of log.csv keeps two runs from sharing it."""
+    while True:
+        out = Path(args.out) if args.out else folder_of(args, None)
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            open(out / "log.csv", "x").close()
+            return out
+        except FileExistsError:
+            if args.out:
+                raise ValueError(f"{out} holds a run already; --resume goes on with it, or give another --out") from None
+
+
+def save(path, ckpt):
+    buffer = io.BytesIO()
+    torch.save(ckpt, buffer)
+    data.write(path, buffer.getbuffer())
+
+
+def link(best):
+    """Let best.pt in the working folder point to the run's best; a file of the user's own is left alone."""
+    here = Path("best.pt")
+    if here.exists() and not here.is_symlink():
+        return here.resolve() == best.resolve()
+    temporary = Path(f"best.pt.{os.getpid()}.tmp")
+    try:
+        os.symlink(os.path.relpath(best), temporary)
+        os.replace(temporary, here)
+    except OSError:                                         # a file system without links
+        data.write(here, best.read_bytes())
+    return True
+
+
+def order(labels, rows, batch, seed, epoch, per_person=0):
+    """Row numbers (steps, batch) of one epoch: a permutation of rows; or, with per_person = K, batches of P people
+    x K images, where people with fewer than K images appear with repeated ones (augmented differently)."""
+    rng = np.random.default_rng((seed, epoch))
+    rows = rng.permutation(rows)
+    if per_person:
+        rows = rows[np.argsort(labels[rows], kind="stable")]
+        people = np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
+        groups = np.concatenate([np.resize(r, (-(-len(r) // per_person), per_person)) for r in people])
+        rows = rng.permutation(groups)[:-(-len(rows) // per_person)].ravel()
+    steps = max(1, len(rows) // batch)
+    return np.resize(rows, (steps, min(batch, len(rows))))
+
+
+def rate(step, total, warmup):
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine to zero."""
+    rise = max(1, round(warmup * total))
+    return (step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, total - rise))
+
+
+def start_from(net, path, arch, freeze):
+    """Load what fits of a checkpoint's backbone into net; with freeze, only what did not fit stays trainable."""
+    ckpt = verify.load(path)
+    if ckpt["args"]["arch"] != arch:
+        raise ValueError(f"{path} is a {ckpt['args']['arch']}, not a {arch}; give --arch {ckpt['args']['arch']}")
+    own, given = net.state_dict(), ckpt["ema"] or ckpt["model"]
+    fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    net.load_state_dict(fits, strict=False)
+    new = [k for k, _ in net.named_parameters() if k not in fits]
+    print(f"backbone from {path}" + (f"; new: {', '.join(new)}" if new else ""))
+    for k, p in net.named_parameters():
+        p.requires_grad_(not freeze or k not in fits)
+
+
+def curves(log):
+    """The panels of curves.png: loss, and accuracy and EER in percent, over epochs."""
+    x = [r["epoch"] for r in log]
+    return [(title, "epoch", unit, {"": (x, [scale * r[key] for r in log])}) for title, unit, key, scale in (
+        ("training loss", "", "loss", 1), ("accuracy on dev, closed set", "%", "acc", 100),
+        ("EER on validation pairs", "%", "eer", 100))]
+
+
+def main():
+    if (topic := {"--loss": losses, "--arch": models}.get(sys.argv[-2:][0])) and sys.argv[-1] == "help":
+        return print(topic.table())
+    args, ckpt = arguments()
+    device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")              # TF32 for what autocast leaves in float32
+    torch.backends.cudnn.benchmark = True
+
+    # Faces: found, decoded once, memory-mapped.
+    if args.data == "data" and not Path("data").exists():
+        print("no data/ folder and no --data: rendering synthetic faces into data/ and training on those")
+        data.synthesise("data")
+    faces = data.load(args.data, args.holdout, args.seed)
+    files, labels = faces.train
+    args.size = args.size or data.native_size(files)
+    cache, classes = data.cache_folder(faces.root), len(faces.names)
+    images, rows = data.pack(files, args.size, cache, "train")
+    sets = {"train": (images, labels, rows)}
+    if faces.dev and faces.dev[1] is not None:
+        packed, good = data.pack(faces.dev[0], args.size, cache, "dev")
+        sets["dev"] = packed, faces.dev[1], good
+    if faces.val_pairs:
+        sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, args.size, cache, "val_pairs")
+    y_all = torch.from_numpy(labels).to(device)
+
+    # Network, loss, optimizer.
+    torch.manual_seed(args.seed)
+    net = models.make(args.arch, args.dim, args.size).to(device, memory_format=torch.channels_last)
+    criterion = losses.make(args.loss, args.dim, classes).to(device)
+    if args.freeze and not args.init:
+        raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
+    if args.init and not ckpt:
+        start_from(net, args.init, args.arch, args.freeze)
+    average = copy.deepcopy(net).requires_grad_(False) if args.ema else None
+    learned = [p for p in (*net.parameters(), *criterion.parameters()) if p.requires_grad]
+    if not learned:
+        raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
+    groups = [{"params": [p for p in learned if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}]
+    opt = (torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True) if args.opt == "sgd" else
+           torch.optim.AdamW(groups, args.lr, fused=True))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    cast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, args.amp != "off")
+
+    args.batch_size = args.batch_size or 128 if len(rows) >= 5000 else min(64, len(rows))
+    per_person = min(args.per_person, len(rows)) if criterion.balanced else 0
+    per_epoch = len(order(labels, rows, args.batch_size, args.seed, 0, per_person))
+    total_steps = args.epochs * per_epoch
+    last_step = min(total_steps, args.steps or total_steps)
+    strength = {name: getattr(args, name) for name in data.AUGMENT}
+
+    # Where to begin: a folder of our own, or the last save of an earlier run.
+    step, best, log, sums = 0, math.inf, [], torch.zeros(3, device=device)      # loss, steps, first bad step
+    if ckpt:
+        out = Path(args.out)
+        if ckpt["names"] != faces.names or ckpt["images"] != len(rows):
+            raise ValueError(f"{args.data} has changed since {out}/last.pt: {ckpt['images']} images of"
+                             f" {len(ckpt['names'])} people then, {len(rows)} of {classes} now; start a new run")
+        net.load_state_dict(ckpt["model"])
+        criterion.load_state_dict(ckpt["loss"])
+        opt.load_state_dict(ckpt["opt"])
+        scaler.load_state_dict(ckpt["scaler"])
+        if average:
+            average.load_state_dict(ckpt["ema"])
+        step, best, log, sums = ckpt["step"], ckpt["best"], ckpt["log"], ckpt["sums"].to(device)
+    else:
+        out = claim(args)
+        args.out = str(out)
+    run = torch.compile(net) if args.compile else net
+    n_net, n_loss = (sum(p.numel() for p in m.parameters()) for m in (net, criterion))
+    print(f"{faces.root}: {len(rows)} images of {classes} people at {args.size}x{args.size}"
+          + (f"; {faces.note}" if faces.note else ""))
+    print(f"{args.arch}, {n_net / 1e6:.2f} M parameters, and {criterion.spec}, {n_loss / 1e6:.2f} M; {device}, amp"
+          f" {args.amp}; {args.epochs} epochs of {per_epoch} steps of {min(args.batch_size, len(rows))}; {out}")
+
+    # Ctrl-C and SIGTERM let the step finish, then save. A second one ends at once.
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def checkpoint(**extra):
+        """Everything that verify.py needs; with the optimizer's state and the log, everything that resuming needs."""
+        return {"face_checkpoint": verify.VERSION, "args": vars(args), "names": faces.names, "images": len(rows),
+                "model": net.state_dict(), "ema": average.state_dict() if average else None,
+                "loss": criterion.state_dict(), "step": step, "best": best, **extra}
+
+    def save_last():
+        save(out / "last.pt", checkpoint(opt=opt.state_dict(), scaler=scaler.state_dict(), log=log, sums=sums))
+
+    def check(sums):
+        """The loss must be finite; asked only now and then, for on a GPU asking means waiting."""
+        if (bad := int(sums[2])):
+            raise ValueError(f"the loss was not finite at step {bad}: lower --lr (now {args.lr:g}), lengthen --warmup,"
+                             f" or try --amp off; {out}/last.pt is from before")
+
+    saved = time.monotonic()
+    for epoch in range(len(log), args.epochs):
+        if log and step >= last_step:
+            break
+        todo = order(labels, rows, args.batch_size, args.seed, epoch, per_person)
+        todo = todo[step - epoch * per_epoch:last_step - epoch * per_epoch]
+        net.train()
+        for module in net.modules():                        # frozen layers keep their batch statistics too
+            if args.freeze and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        began, first = time.monotonic(), step
+        for index, x in data.batches(images, todo, device):
+            torch.manual_seed((args.seed << 32) + step)     # augmentation, dropout, drawn margins
+            for g in opt.param_groups:
+                g["lr"] = args.lr * rate(step, total_steps, args.warmup)
+            with cast:
+                z = run(data.augment(x, strength))          # (B, dim)
+            loss = criterion(z, y_all[index])
+            opt.zero_grad()
+            scaler.scale(loss).backward()
+            if args.clip:
+                scaler.unscale_(opt)
+                torch.nn.utils.clip_grad_norm_(learned, args.clip)
+            scaler.step(opt)
+            scaler.update()
+            if average:                                     # quick at first, when the weights still travel far
+                decay = min(args.ema, (1 + step) / (10 + step))
+                for a, w in zip(average.state_dict().values(), net.state_dict().values()):
+                    a.lerp_(w, 1 - decay) if a.is_floating_point() else a.copy_(w)
+            step += 1
+            with torch.no_grad():
+                sums += torch.stack([loss.detach(), torch.ones_like(loss),
+                                     (~torch.isfinite(loss) & (sums[2] == 0)) * step])
+            if step == 1:
+                expected = criterion.expected()
+                print(f"first loss {float(loss.detach()):.2f}" + (
+                    f", of random embeddings and weights {expected:.2f} is expected" if expected else ""))
+            data.progress(f"epoch {epoch + 1}", (step - first) * len(index), todo.size, began)
+            if stop or time.monotonic() - saved > args.save_every:
+                check(sums)
+                save_last()
+                saved = time.monotonic()
+            if stop:
+                print(f"\nstopped at step {step}; go on with: python train.py --resume --out {out}")
+                sys.exit(130)
+        check(sums)
+        seconds = time.monotonic() - began
+
+        # The epoch's account: validation, one row, the checkpoints.
+        partial = step < (epoch + 1) * per_epoch
+        if partial:                                         # stopped by --steps: --resume finishes the epoch
+            save_last()
+        found = verify.evaluate(average or net, criterion, sets, classes)
+        row = dict(epoch=epoch + 1, step=step, loss=float(sums[0] / sums[1]), lr=opt.param_groups[0]["lr"],
+                   acc=found.get("acc1", math.nan), eer=found.get("eer", math.nan), auc=found.get("auc", math.nan),
+                   pair_acc=found.get("acc", math.nan), img_per_s=(step - first) * todo.shape[1] / seconds,
+                   seconds=seconds + (log[-1]["seconds"] if log else 0))
+        if not log:
+            print("  ".join(f"{c:>9}" for c in COLUMNS))
+        print("  ".join(f"{form.format(row[c]):>9}" for c, form in COLUMNS.items()))
+        better = not row["eer"] >= best                     # without validation pairs the last epoch counts as best
+        if better and not (partial and log):
+            best = best if partial else row["eer"]
+            val = {"labels": torch.from_numpy(sets["val_pairs"][1].labels),
+                   "scores": torch.from_numpy(found["scores"])} if "scores" in found else None
+            save(out / "best.pt", checkpoint(val=val))
+            if not link(out / "best.pt"):
+                print(f"best.pt here is not a link of ours and stays as it is; the new one is {out}/best.pt")
+        rows_out = io.StringIO()
+        csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writeheader()
+        csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writerows([*log, row])
+        data.write(out / "log.csv", rows_out.getvalue().encode())
+        data.plot(out / "curves.png", curves([*log, row]))
+        if not partial:
+            log.append(row)
+            sums.zero_()
+            save_last()
+            saved = time.monotonic()
+    print(f"done: python verify.py --ckpt {out}/best.pt")
+
+
+if __name__ == "__main__":
+    data.cli(main)
