@@ -237,15 +237,18 @@ def decode(file, size):
         raise ValueError(f"{file}: not a readable image ({' '.join(str(e).split()) or type(e).__name__})") from None
 
 
+def measure(file):
+    """(width, height) by an image's header, None where there is none; pack() is what counts the unreadable."""
+    try:
+        with Image.open(file) as im:
+            return im.size
+    except Exception:
+        return None
+
+
 def native_size(files):
-    """The side most of the first hundred readable images have, within 32..256."""
-    sides = Counter()
-    for f in files[:100]:
-        try:
-            with Image.open(f) as im:
-                sides[min(im.size)] += 1
-        except Exception:
-            continue                                        # counted and reported when the pack is built
+    """The side most of the first hundred images have, within 32..256."""
+    sides = Counter(min(s) for s in map(measure, files[:100]) if s)
     return min(256, max(32, sides.most_common(1)[0][0])) if sides else 112
 
 
@@ -671,9 +674,35 @@ def cli(main):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data", help="the set's folder or one above it [data]")
+    parser.add_argument("--holdout", type=float, default=0.1, help="as in train.py [0.1]")
+    parser.add_argument("--augment", action="store_true", help="draw the contact sheet as training sees the images")
+    parser.add_argument("--sheet", default="contact.png", help="where the contact sheet goes [contact.png]")
     args = parser.parse_args()
-    faces = load(args.data)
-    print(f"{faces.root}: {len(faces.names)} people{'; ' + faces.note if faces.note else ''}")
+    faces = load(args.data, args.holdout)
+    size, cache = native_size(faces.train[0]), cache_folder(faces.root)
+    print(f"{faces.root}{': ' + faces.note if faces.note else ''}")
+    for name in ("train", "dev", "test", "val_pairs", "test_pairs"):
+        if (split := getattr(faces, name)) is None:
+            continue
+        files, labels = (split.files, split.labels) if name.endswith("pairs") else split
+        sides = Counter(s for _, s in zip(range(1000), map(measure, files)) if s)
+        good = pack(files, size, cache, name)[1]
+        text = f"{name}: {len(files)} images, {len(files) - len(good)} unreadable; " + ", ".join(
+            f"{count} of {'x'.join(map(str, s))}" for s, count in sides.most_common(3))
+        if name.endswith("pairs"):
+            text += f"; {len(split.left)} pairs" + (f", {int(labels.sum())} genuine" if labels is not None else "")
+        elif labels is not None:
+            each = np.bincount(labels)[np.unique(labels)]
+            text += (f"; {len(each)} people with {each.min()} to {each.max()} images, median {np.median(each):g},"
+                     f" {(each == 1).sum()} of them with one")
+        print(text)
+    images, good = pack(faces.train[0], size, cache, "train")
+    x = torch.from_numpy(images[np.random.default_rng(0).permutation(good)[:96]])
+    if args.augment:
+        x = ((augment(x, {k: v for k, (v, _) in AUGMENT.items()}) + 1) * 127.5).byte().permute(0, 2, 3, 1)
+    x = F.pad(x, (0, 0) * 3 + (0, -len(x) % 12), value=255).view(-1, 12, size, size, 3).transpose(1, 2)
+    Image.fromarray(x.reshape(-1, 12 * size, 3).numpy()).save(args.sheet)
+    print(f"contact sheet: {args.sheet}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def arguments():
     g.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its arguments")
     g.add_argument("--save-every", type=number(float, 1), default=600.0, metavar="SECONDS", help="write last.pt at"
                    " least this often [600]")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of everything random [0]")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, help="of everything random [0]")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the backbone;"
                    " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
@@ -247,7 +247,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     cast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, args.amp != "off")
 
-    args.batch_size = args.batch_size or 128 if len(rows) >= 5000 else min(64, len(rows))
+    args.batch_size = args.batch_size or (128 if len(rows) >= 5000 else 64)
     per_person = min(args.per_person, len(rows)) if criterion.balanced else 0
     per_epoch = len(order(labels, rows, args.batch_size, args.seed, 0, per_person))
     total_steps = args.epochs * per_epoch

@@ -12,7 +12,6 @@ nor on the order of the pairs.
 import argparse
 import csv
 import os
-import sys
 import time
 from pathlib import Path
 
