@@ -270,8 +270,7 @@ def cosface(self, s=None, m=0.35, sample=1.0):
 
 def arcface(self, s=None, m=None, sample=1.0):
     """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
-    Flat at 15-20 means too high a learning rate, not a bug: with all embeddings and weights in one direction
-    cos theta - cos(theta + m) is least, so a large step can collapse into that. m = 0.3 for small sets."""
+    Flat at 15-20 means too high a learning rate, not a bug. m = 0.3 for noisy or small sets."""
     return softmax_with(self, s, lambda t: psi(t, m2=m), sample)
 
 
@@ -749,9 +748,9 @@ def defaults_of(formula):
 
 def automatic(classes):
     """s and m for that many classes, where an expression leaves them open. The published 64 and 0.5 were found on
-    10,000 people and more; with 200 people ArcFace collapses at them (README). s: four times sqrt 2 ln(C - 1),
-    the scale that AdaCos derives as the least that works, up to 64: 30 for 200, 51 for 8,631. m of the angular
-    margins: 0.3 below 10,000."""
+    10,000 people and more; with 200 people they ended at 6.8 % EER where these ended at 3.6 % (README). s: four
+    times sqrt 2 ln(C - 1), the scale that AdaCos derives as the least that works, up to 64: 30 for 200, 51 for
+    8,631. m of the angular margins: 0.3 below 10,000."""
     return {"s": round(min(64.0, 4 * math.sqrt(2) * math.log(max(classes - 1, 3))), 1),
             "m": 0.5 if classes >= 10_000 else 0.3}
 

@@ -1164,19 +1164,24 @@ def slow_losses_memorise_people_through_train(tmp):
     (tmp / "set/val_pairs.txt").write_text("".join(f"{a} {b} {int(y == z)}\n" for (a, y), (b, z)
                                                    in itertools.combinations(rows, 2)))
     (tmp / "set/test_pairs.txt").unlink()
+    quick = mock.patch.multiple(os, fsync=lambda f: None), mock.patch.multiple(data, plot=lambda *a: None)
     plain = [part for name in data.AUGMENT for part in (f"--{name}", 0)]
+    missed = []
     for name in losses.LOSSES:
         spec = ("ce+" if name in SHAPES or name == "regular" else "") + name
         spec += ":k=1" if name == "subcenter" else ":mining=all" if name == "triplet" else ""
-        flags = ("--data", tmp / "set", "--arch", "swiftface", "--dim", 16, "--batch-size", 16, "--epochs", 40, "--amp",
-                 "off", "--loss", spec, *plain)
-        for out, steps in (("whole", 40), ("parts", 7)):
-            assert run(train, *flags, "--out", tmp / name / out, "--steps", steps, cwd=tmp)[0] == 0, name
-        assert run(train, "--resume", "--out", tmp / name / "parts", "--steps", 40, cwd=tmp)[0] == 0
+        flags = ("--data", tmp / "set", "--arch", "swiftface", "--dim", 16, "--batch-size", 8, "--per-person", 2,
+                 "--epochs", 25, "--lr", 3e-3, "--amp", "off", "--loss", spec, *plain)
+        with quick[0], quick[1]:
+            for out, steps in (("whole", 50), ("parts", 7)):
+                assert run(train, *flags, "--out", tmp / name / out, "--steps", steps, cwd=tmp)[0] == 0, name
+            assert run(train, "--resume", "--out", tmp / name / "parts", "--steps", 50, cwd=tmp)[0] == 0
         whole, parts = (verify.load(tmp / name / out / "last.pt") for out in ("whole", "parts"))
         same(whole, parts, name)
-        assert whole["best"] == 0, f"{name}: EER {whole['best']}"
+        print(f"    {spec}: EER {whole['best']:.3f}", flush=True)
+        missed += [spec] * (whole["best"] > 0)
         shutil.rmtree(tmp / name)
+    assert not missed, missed
 
 
 def slow_losses_cost():

@@ -61,7 +61,7 @@ def arguments():
     g.add_argument("--freeze", action="store_true", help="with --init: train only the loss's weights and layers that"
                    " the checkpoint lacks")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images [10]")
+    g.add_argument("--epochs", type=number(int, 1), default=8, help="passes over the training images [8]")
     g.add_argument("--steps", type=number(int, 1), help="stop after this many steps in all; the schedule stays that"
                    " of --epochs, and --resume goes on [none]")
     g.add_argument("--batch-size", type=number(int, 1), help="images a step [128; 64 for fewer than 5,000 images]")
