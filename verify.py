@@ -30,6 +30,8 @@ VERSION = 1                                                  # of the checkpoint
 def load(path):
     """A checkpoint of train.py as a dictionary. Nothing in the file is executed; ValueError in one line for a
     file that is truncated, foreign, or from a newer version."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such checkpoint; train one with train.py, or name another")
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
