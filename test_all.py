@@ -8,6 +8,7 @@ A test compares with something that cannot be wrong in the same way: a closed fo
 torchvision with copied weights, the same run without the interruption.
 """
 import contextlib
+import copy
 import csv
 import functools
 import inspect
@@ -1240,6 +1241,87 @@ def slow_models_speed():
             since = time.perf_counter(), call(), time.perf_counter(), call(), time.perf_counter()
             rates.append(32 / min(since[2] - since[0], since[4] - since[2]))
         print(f"{arch} {rates[0]:.0f} {rates[1]:.0f}", flush=True)
+
+
+def slow_bench(tmp):
+    """What a user waits for, ours beside the peer's, on this machine, in turn, medians of three rounds: the data path
+    against ImageFolder, torchvision's transforms and two workers; training and embedding against torchvision's
+    ResNet-18 with the same neck in a plain loop; 112 pixels."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, more = (128, 10) if device.type == "cuda" else (32, 1)
+    with contextlib.redirect_stdout(None):
+        data.synthesise(tmp / "set", people=100, images=22, size=112)
+    files, labels = data.read_split(tmp / "set/cls_data/train")
+    for f, y in zip(files, labels):
+        (tmp / f"people/{y}").mkdir(parents=True, exist_ok=True)
+        os.link(f, tmp / f"people/{y}" / Path(f).name)
+    images, rows = data.pack(files, 112, tmp)
+    order = [np.random.default_rng(i).choice(rows, 128) for i in range(30)]
+    strength = {name: value for name, (value, _) in data.AUGMENT.items()}
+    T = torchvision.transforms
+    plain = [T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)]
+    every = [T.RandomHorizontalFlip(), T.RandomAffine(10, (0.05, 0.05), (0.9, 1.1)), T.ColorJitter(0.2, 0.2, 0.2), *plain,
+             T.RandomErasing(0.2)]
+
+    def ours(change):
+        for _, x in data.batches(images, order, device):
+            change(x)
+            yield 128
+
+    def folder(steps):
+        for x, _ in torch.utils.data.DataLoader(torchvision.datasets.ImageFolder(tmp / "people", T.Compose(steps)), 128,
+                                                True, num_workers=2, pin_memory=device.type == "cuda"):
+            x.to(device, non_blocking=True)
+            yield len(x)
+
+    net, peer = models.make("resnet18"), torchvision.models.resnet18()
+    peer.avgpool, peer.fc = nn.AdaptiveAvgPool2d(4), nn.Sequential(nn.Linear(8192, 512, False), nn.BatchNorm1d(512))
+    heads = losses.make("ce", 512, 8631), nn.Linear(512, 8631)
+    (net.to(device, memory_format=torch.channels_last), *(m.to(device) for m in (peer, *heads)))
+    x, y = torch.randn(batch, 3, 112, 112, device=device), torch.randint(0, 8631, (batch,), device=device)
+    fast = x.to(memory_format=torch.channels_last)
+
+    def training(net, x, loss_of, opt):
+        for _ in range(5 * more):
+            with torch.autocast(device.type, torch.bfloat16, train.precision(device) == "bf16"):
+                z = net(x)
+            loss = loss_of(z)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            yield batch
+
+    @torch.no_grad()
+    def embedding(net, x):
+        for _ in range(20 * more):
+            net(x)
+            yield batch
+
+    def rate(stages):                                       # stages() yields the number of images of each batch
+        steps = stages()
+        next(steps)
+        since, done = time.perf_counter(), sum(steps)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return done / (time.perf_counter() - since)
+
+    adamw = [torch.optim.AdamW([*n.parameters(), *h.parameters()], **how)
+             for n, h, how in ((net, heads[0], {"fused": True}), (peer, heads[1], {}))]
+    folded = models.fold(net).to(memory_format=torch.channels_last)
+    frozen = copy.deepcopy(peer).eval()
+    for what, a, b in (
+            ("batches, gathered", lambda: ours(lambda x: x), lambda: folder(plain)),
+            ("batches, augmented", lambda: ours(lambda x: data.augment(x, strength)), lambda: folder(every)),
+            ("training", lambda: training(net, fast, lambda z: heads[0](z, y), adamw[0]),
+             lambda: training(peer, x, lambda z: F.cross_entropy(heads[1](z.float()), y), adamw[1])),
+            ("embedding", lambda: embedding(folded, fast), lambda: embedding(frozen, x))):
+        pairs = np.array([(rate(a), rate(b)) for _ in range(3)])
+        print(f"    {what:<18} {np.median(pairs[:, 0]):8.0f} images/s, peer {np.median(pairs[:, 1]):6.0f},"
+              f" {np.median(pairs[:, 0] / pairs[:, 1]):6.2f} x", flush=True)
+    labels, scores = np.random.default_rng(0).random(10_000_000) < 0.5, np.random.default_rng(1).random(10_000_000)
+    since = time.perf_counter()
+    eer.eer(labels, scores)
+    print(f"    EER of ten million scores: {time.perf_counter() - since:.2f} s")
 
 
 # ---- README and the rest -------------------------------------------------------------------------------------
