@@ -170,8 +170,10 @@ def test_eer_reads_csv(tmp):
     for name in ("a.csv", "b.csv"):
         labels, scores = eer.read(tmp / name)
         assert labels.tolist() == [1, 0] and scores.tolist() == [0.5, -1]
-    (tmp / "c.csv").write_text("1,0.5\n0,zero\n")
-    raises("c.csv:2", eer.read, tmp / "c.csv")
+    for content, where in ((b"1,0.5\n0,zero\n", "c.csv:2"), (b"1,0.5\n\x80\x02,\"\n", "c.csv:2"),
+                           (b"\n", "c.csv: no scores")):
+        (tmp / "c.csv").write_bytes(content)
+        raises(where, eer.read, tmp / "c.csv")
 
 
 # ---- data.py -------------------------------------------------------------------------------------------------
