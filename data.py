@@ -16,6 +16,7 @@ uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the
 gathered from the pack by index and augmented on the device, each image by its own dice.
 """
 import argparse
+import errno
 import hashlib
 import io
 import itertools
@@ -36,6 +37,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+try:
+    import fcntl
+except ImportError:                                         # Windows: two runs must not share a folder there
+    fcntl = None
 
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -72,14 +78,14 @@ def read_labels(folder):
     """(files, labels) of a folder with images/ and labels.txt; labels are the file's own integers."""
     seen, labels, images = {}, [], os.path.join(folder, "images")
     for i, line in lines(os.path.join(folder, "labels.txt")):
-        where, (name, _, label) = f"{folder}/labels.txt:{i}", line.rpartition(" ")
+        where, (name, label) = f"{folder}/labels.txt:{i}", ["", *line.rsplit(None, 1)][-2:]
         if not label.isdecimal() or not name:
             raise ValueError(f"{where}: '{line}' is not '<file> <label>' with a label of 0, 1, 2, ...")
-        name = name.strip()
         if name in seen:
             raise ValueError(f"{where}: '{name}' stands on line {seen[name]} already; keep one of them")
         if " " in name and not os.path.isfile(os.path.join(images, name)):
-            raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name '{name}'")
+            raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name '{name}';"
+                             " write '<file> <label>'")
         within(images, name, where)
         seen[name] = i
         labels.append(int(label))
@@ -188,6 +194,8 @@ def load(path, holdout=0.1, seed=0):
         raise ValueError(f"{top}: no labelled training images; expected cls_data/train/labels.txt with images/, or"
                          " one sub-folder of images a person")
     val, note = find_pairs(root, "val_pairs"), ""
+    if val and val.labels is None:
+        raise ValueError(f"{val.path}:1: no label; write '<image> <image> <0|1>', and what has no labels to test_pairs")
     if val is None and holdout:
         rest, val = hold_out(*train, holdout, seed)
         before = len(set(train[1]))
@@ -196,7 +204,7 @@ def load(path, holdout=0.1, seed=0):
                 f" {len(val.labels)} validation pairs")
     names = sorted(set(train[1]))
     if len(names) < 2:
-        raise ValueError(f"{top}: one person in all; a classifier needs two at least")
+        raise ValueError(f"{top}: one person in all; add another, a classifier needs two at least")
     number = {name: c for c, name in enumerate(names)}
 
     def numbered(split, folder):
@@ -297,6 +305,22 @@ def cache_folder(root):
     raise ValueError(f"{root} is read-only and so is {home}; set XDG_CACHE_HOME to a folder with room for packs")
 
 
+def reserve(path, shape):
+    """A new memory-mapped uint8 array in path, its blocks promised by the disk, for writing to a mapped page that has
+    none kills the process; None where there is no room."""
+    try:
+        rows = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return None
+        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):                     # a disk that makes no promises
+            raise
+    return rows
+
+
 def pack(files, size, cache, what="images"):
     """(Images, good (k,)): the files at size x size and the row numbers of the readable ones. Unreadable files are
     listed beside the pack; more than one in a hundred are a ValueError. The pack's name holds a digest of every
@@ -308,43 +332,46 @@ def pack(files, size, cache, what="images"):
         digest.update(f"{f}\0{s.st_size} {s.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     stem = cache / f"{what}-{size}-{digest.hexdigest()[:16]}"
     target, listing = stem.with_suffix(".npy"), stem.with_suffix(".unreadable.txt")
-    stream = not target.exists() and len(files) * size * size * 3 > 0.9 * shutil.disk_usage(cache).free
-    if not listing.exists() or not (stream or target.exists()):
-        temporary = stem.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            rows = None if stream else np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), size, size, 3))
+    with lock(cache, wait=True):                            # of two runs one decodes, the other finds it done
+        stream = not target.exists() and len(files) * size * size * 3 > 0.9 * shutil.disk_usage(cache).free
+        if not listing.exists() or not (stream or target.exists()):
+            temporary = stem.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                rows = None if stream else reserve(temporary, (len(files), size, size, 3))
+                stream = rows is None
 
-            def one(i):
-                try:
-                    a = decode(files[i], size)
-                    if rows is not None:
-                        rows[i] = a
-                except ValueError as e:
-                    return str(e)
+                def one(i):
+                    try:
+                        a = decode(files[i], size)
+                        if rows is not None:
+                            rows[i] = a
+                    except ValueError as e:
+                        return str(e)
 
-            bad, since = [], time.monotonic()
-            with ThreadPoolExecutor() as pool:
-                for i, error in enumerate(pool.map(one, range(len(files)))):
-                    if error:
-                        bad.append(f"{i}\t{error}\n")
-                    progress(f"decoding {what}", i + 1, len(files), since)
-            listing.write_text("".join(bad), "utf-8", "surrogateescape")
-            if rows is not None:
-                rows.flush()
-                os.replace(temporary, target)
-                for old in cache.glob(f"{what}-{size}-*.npy"):
-                    if old != target:                       # who still has it mapped keeps it until the end
-                        old.unlink(missing_ok=True)
-        finally:
-            temporary.unlink(missing_ok=True)
-    bad = [line.split("\t", 1) for _, line in lines(listing)]
+                bad, since = [], time.monotonic()
+                with ThreadPoolExecutor() as pool:
+                    for i, error in enumerate(pool.map(one, range(len(files)))):
+                        if error:
+                            bad.append(f"{i}\t{error}\n")
+                        progress(f"decoding {what}", i + 1, len(files), since)
+                write(listing, "".join(bad).encode("utf-8", "surrogateescape"))
+                if rows is not None:
+                    rows.flush()
+                    os.replace(temporary, target)
+                    for old in cache.glob(f"{what}-{size}-*"):
+                        if not old.name.startswith(stem.name):  # who still has it mapped keeps it until the end
+                            old.unlink(missing_ok=True)
+            finally:
+                temporary.unlink(missing_ok=True)
+        bad = [line.split("\t", 1) for _, line in lines(listing)]
+        rows = None if stream else np.load(target, mmap_mode="r")
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"{bad[0][1]}; {len(bad)} of {len(files)} {what} are unreadable, which is more than one in"
                          f" a hundred: see {listing}, then mend or remove them")
     if bad:
         print(f"{len(bad)} of {len(files)} {what} are unreadable and left out: {listing}", file=sys.stderr)
     good = np.setdiff1d(np.arange(len(files)), [int(i) for i, _ in bad])
-    return Images(files, size, None if stream else np.load(target, mmap_mode="r")), good
+    return Images(files, size, rows), good
 
 
 # ---- Batches: gathered one ahead, augmented on the device -----------------------------------------------------
@@ -518,10 +545,20 @@ def face(p, rng, size: int = 64) -> np.ndarray:
 def synthesise(root, people: int = 200, images: int = 11, size: int = 64, seed: int = 0) -> None:
     """Write the homework's layout to root, not there yet: `people` with `images` each in train and one in dev
     and test; others behind val_pairs.txt, yet others behind test_pairs.txt (whose labels are answers.txt)."""
-    rng, root = np.random.default_rng(seed), Path(root).resolve()
+    root = Path(root).resolve()
     draft = root.with_name(f"{root.name}.{os.getpid()}.part")    # renamed at the end: never half a set
-    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        render(draft, people, images, size, np.random.default_rng(seed))
+        draft.rename(root)
+    except OSError:
+        if not (root / "answers.txt").exists():             # no other process was first, with the same images
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
+
+def render(draft, people, images, size, rng):
+    """synthesise()'s files."""
     def shoot(p, file):                                      # JPEG as in the homework; irises keep colour
         (draft / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(face(p, rng, size)).save(draft / file, quality=92, subsampling=0)
@@ -543,7 +580,6 @@ def synthesise(root, people: int = 200, images: int = 11, size: int = 64, seed: 
         rng.shuffle(rows)
         write(f"{split}_pairs.txt", [row[:columns] for row in rows])
     write("answers.txt", [row[2:] for row in rows])
-    draft.rename(root)
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------
@@ -654,25 +690,58 @@ def write(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:                                    # whose own text does not name the file
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def lock(folder, wait=False):
+    """Keep other processes out of folder until the file returned is closed or this process dies, however it dies, and
+    remove what dead ones left half-written. ValueError if another is in there, unless told to wait for its end.
+    Where the system has no locks there is none."""
+    f = open(Path(folder, ".lock"), "a")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        for old in Path(folder).glob("*.tmp"):
+            old.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is at work there; wait for its end, or give another --out") from None
+    except (OSError, AttributeError):
+        pass
+    return f
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------
+
+REMEDIES = {errno.ENOSPC: "make room there, or write elsewhere", errno.ENOENT: "check the name",
+            errno.EACCES: "change its permissions, or name another"}
+
 
 def cli(main):
     """Run a script's main(): a ValueError or OSError is one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):                  # a name that cannot be shown is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        text = str(e)
+        if getattr(e, "strerror", None):
+            text = f"{e.filename}: " * bool(e.filename) + f"{e.strerror}; {REMEDIES.get(e.errno, 'name another')}"
+        print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def usage(message):
+    """For parser.error: one line instead of every flag there is."""
+    raise ValueError(f"{message}; --help tells")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = usage
     parser.add_argument("--data", default="data", help="the set's folder or one above it [data]")
     parser.add_argument("--holdout", type=float, default=0.1, help="as in train.py [0.1]")
     parser.add_argument("--augment", action="store_true", help="draw the contact sheet as training sees the images")

@@ -127,7 +127,7 @@ def show(r):
 
 def read(path):
     """(labels, scores) from a CSV file with columns label,score; a header may name them, in any order."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
         rows = [(i, [c.strip() for c in row]) for i, row in enumerate(csv.reader(f), 1) if any(row)]
     head = [c.lower() for c in rows[0][1]] if rows else []
     order = [head.index(c) for c in ("label", "score")] if {"label", "score"} <= set(head) else None
@@ -138,18 +138,19 @@ def read(path):
                 raise IndexError
             values.append([float(row[i]) for i in order or (0, 1)])
         except (ValueError, IndexError):
-            raise ValueError(f"{path}:{line}: found '{','.join(row)}'; write label,score, such as 1,0.83") from None
+            raise ValueError(f"{path}:{line}: found {','.join(row)[:60]!r}; write label,score, such as 1,0.83") from None
     if not values:
         raise ValueError(f"{path}: no scores in it; write lines of label,score")
     return np.array(values).T
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
     try:
+        if len(sys.argv) != 2:
+            raise ValueError("give one CSV file of scores; --help tells more")
         print(show(report(*read(sys.argv[1]))))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, csv.Error) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -10,15 +10,18 @@ torchvision with copied weights, the same run without the interruption.
 import contextlib
 import copy
 import csv
+import errno
 import functools
 import inspect
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -102,6 +105,11 @@ def tiny(cwd, *more, code=0, epochs=2):
     return got
 
 
+def full(*arguments):
+    """What a full disk answers."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 # ---- eer.py --------------------------------------------------------------------------------------------------
 
 def crossing_by_hand(labels, scores):
@@ -163,8 +171,10 @@ def test_eer_reads_csv(tmp):
     for name in ("a.csv", "b.csv"):
         labels, scores = eer.read(tmp / name)
         assert labels.tolist() == [1, 0] and scores.tolist() == [0.5, -1]
-    (tmp / "c.csv").write_text("1,0.5\n0,zero\n")
-    raises("c.csv:2", eer.read, tmp / "c.csv")
+    for content, where in ((b"1,0.5\n0,zero\n", "c.csv:2"), (b"1,0.5\n\x80\x02,\"\n", "c.csv:2"),
+                           (b"\n", "c.csv: no scores")):
+        (tmp / "c.csv").write_bytes(content)
+        raises(where, eer.read, tmp / "c.csv")
 
 
 # ---- data.py -------------------------------------------------------------------------------------------------
@@ -229,15 +239,18 @@ def test_data_refuses(tmp):
     for text, fragment in (("gone.jpg 1\n", "labels.txt:1: no image 'gone.jpg'"), ("c.jpg 1 2\n", "3 columns"),
                            ("c.jpg -1\n", "labels.txt:1"), ("c.jpg 1.5\n", "labels.txt:1"), ("c.jpg\n", "labels.txt:1"),
                            ("c.jpg 1\nd.jpg 2\nc.jpg 3\n", "labels.txt:3: 'c.jpg' stands on line 1"),
-                           ("../x.jpg 1\n", "leaves"), ("c.jpg 1\nd.jpg 1\n", "one person"), ("\n", "no labelled")):
+                           ("../x.jpg 1\n", "leaves"), ("/x.jpg 1\n", "leaves"), ("c.jpg,1\n", "labels.txt:1"),
+                           ("c.jpg 1\nd.jpg 1\n", "one person"), ("\n", "no labelled")):
         raises(fragment, labels(text))
     labels(good)
     for text, fragment in (("a.jpg gone.jpg 1\n", "val_pairs.txt:1: no image 'gone.jpg'"), ("", "no pairs"),
                            ("a.jpg b.jpg 2\n", "label '2'"), ("a.jpg ../val_pairs.txt 1\n", "leaves"),
+                           ("a.jpg /a.jpg 1\n", "leaves"), ("a.jpg b.jpg\n", "val_pairs.txt:1: no label"),
                            ("a.jpg b.jpg 1\nb.jpg c.jpg\n", "val_pairs.txt:2: 2 columns"),
                            ("a.jpg b.jpg 1\na.jpg c.jpg 1\n", "every pair has label 1")):
         raises(fragment, pairs(text))
     raises("no such folder", data.load, tmp / "nothing")
+    raises("no such folder", data.load, tmp / "HW/val_pairs.txt")
     (tmp / "empty").mkdir()
     raises("no labelled training images", data.load, tmp / "empty")
     for name in ("one", "two"):
@@ -268,12 +281,13 @@ def test_data_shows_images_as_a_viewer_does(tmp):
     wide.paste(upright, (20, 0))
     wide.save(tmp / "wide.png")
     assert (data.decode(tmp / "wide.png", 40) == a).all()                       # the central square, not squeezed
-    (tmp / "bomb.png").write_bytes((tmp / "grey.png").read_bytes().replace(
-        (40).to_bytes(4, "big") * 2, (60000).to_bytes(4, "big") * 2))
-    (tmp / "empty.jpg").touch()
-    (tmp / "cut.png").write_bytes((tmp / "wide.png").read_bytes()[:90])
-    for name in ("bomb.png", "empty.jpg", "cut.png"):
-        raises(f"{name}: not a readable image", data.decode, tmp / name, 40)
+    half = (tmp / "wide.png").read_bytes()[:90]
+    for name, content, why in (("bomb.jpg", b"P6 60000 60000 255 " * 9, "exceeds limit"), ("cut.png", half, ""),
+                               ("text.png", b"no image", "identify"), ("empty.jpg", b"", "identify")):
+        (tmp / name).write_bytes(content)
+        for fragment in (f"{name}: not a readable image", why):
+            raises(fragment, data.decode, tmp / name, 40)
+    assert data.decode(picture(tmp / "sliver.png", 3, (1, 99)), 40).shape == (40, 40, 3)        # odd, but an image
 
 
 def test_data_pack(tmp):
@@ -290,6 +304,8 @@ def test_data_pack(tmp):
             f.unlink()
         stream, _ = data.pack(files, 32, cache)                                 # no room: streams, the same pixels
         assert stream.rows is None and (stream[np.arange(9)] == images[np.arange(9)]).all()
+    with mock.patch.object(os, "posix_fallocate", full):                        # less room than was told: likewise
+        assert data.pack(files, 32, cache)[0].rows is None and not list(cache.glob("*.npy"))
     picture(Path(files[7]), 999, (32, 32))                                      # changed: rebuilt, the old one gone
     Path(files[8]).write_bytes(b"no image")
     with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -298,6 +314,7 @@ def test_data_pack(tmp):
     assert 8 not in good and len(good) == 100 and "1 of 101" in err.getvalue()
     with mock.patch.object(data, "decode", side_effect=KeyboardInterrupt):      # a killed build leaves nothing
         Path(files[9]).touch()
+        (cache / "train-64-0.1.tmp").touch()                                    # nor does one killed before
         with contextlib.suppress(KeyboardInterrupt):
             data.pack(files, 32, cache)
     assert len(list(cache.glob("*.npy"))) == 1 and not list(cache.glob("*.tmp"))
@@ -357,6 +374,9 @@ def test_data_homework_classes(tmp):
 def test_data_synthetic_faces_are_a_real_task(tmp):
     data.synthesise(tmp / "a", people=8, images=2, size=32)
     data.synthesise(tmp / "b", people=8, images=2, size=32)
+    before = (tmp / "b/answers.txt").stat()
+    data.synthesise(tmp / "b", people=8, images=1, size=32)                     # another was first: its set stays
+    assert (tmp / "b/answers.txt").stat() == before and len(list(tmp.iterdir())) == 2
     files = sorted(p.relative_to(tmp / "a") for p in (tmp / "a").rglob("*") if p.is_file())
     assert len(files) > 16 and all((tmp / "a" / f).read_bytes() == (tmp / "b" / f).read_bytes() for f in files)
     pairs = data.load(faces()).val_pairs
@@ -382,6 +402,13 @@ def test_train_writes_what_it_promises(tmp):
     lines = (tmp / "submission.csv").read_text().splitlines()
     assert lines[0] == "ID,Label" and len(lines) == 1 + len((faces() / "test_pairs.txt").read_text().splitlines())
     assert [line.split(",")[0] for line in lines[1:]] == [str(i) for i in range(len(lines) - 1)]
+    (tmp / "turned.txt").write_text("\n".join((faces() / "test_pairs.txt").read_text().splitlines()[::-1]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                    # another order, other workers
+    run(verify, "--pairs", "turned.txt", "--images", faces() / "ver_data", "--out", "turned.csv", cwd=tmp)
+    torch.set_num_threads(threads)
+    turned = (tmp / "turned.csv").read_text().splitlines()[:0:-1]
+    close(*([float(line.split(",")[1]) for line in some] for some in (lines[1:], turned)), 1e-5)
     tiny(tmp, epochs=1)                                                         # a second run takes its own folder
     assert (tmp / "runs/arcface_swiftface_2/best.pt").exists()
     assert list(csv.DictReader((folder / "log.csv").open())) == rows
@@ -461,10 +488,46 @@ def test_train_names_a_loss_that_is_not_finite(tmp):
         _, _, err = tiny(tmp, "--out", "bad", code=2)
     assert "not finite at step 5" in err
     assert all(torch.isfinite(v).all() for v in verify.load(tmp / "bad/last.pt")["model"].values())
+    with mock.patch.object(losses.Loss, "forward", lambda *a: real(*a) + (0 * a[1].square().sum()).sqrt()):
+        _, _, err = tiny(tmp, "--out", "slope", "--steps", 1, code=2)           # a finite loss, an infinite gradient
+    assert "not finite at step 1" in err and verify.load(tmp / "slope/last.pt")["step"] == 0
+
+
+def test_train_loses_nothing_it_saved(tmp):
+    """A full disk, a killed write and a second process leave last.pt, best.pt and log.csv whole."""
+    (tmp / "a").mkdir()
+    (tmp / "a/log.csv").touch()                             # of a run that was killed before its first save
+    tiny(tmp, "--out", "a", epochs=1)
+    whole = {f.name: f.read_bytes() for f in (tmp / "a").iterdir()}
+    with mock.patch.object(os, "fsync", full):
+        for name in ("train", "verify"):
+            code, _, err = (run(train, "--resume", "--out", "a", "--epochs", 2, cwd=tmp) if name == "train" else
+                            run(verify, "--ckpt", "a/best.pt", "--out", "a/log.csv", cwd=tmp))
+            assert code == 2 and ": No space left on device; make room" in err and err.count("\n") == 1, err
+    with data.lock(tmp / "a"):
+        for resume in ((), ("--resume",)):
+            assert "another run is at work" in tiny(tmp, *resume, "--out", "a", code=2)[2]
+    assert whole == {f.name: f.read_bytes() for f in (tmp / "a").iterdir()}
+    (tmp / "a/last.pt.1.tmp").touch()
+    assert run(train, "--resume", "--out", "a", "--epochs", 2, cwd=tmp)[0] == 0 and not list(tmp.glob("a/*.tmp"))
+    assert len((tmp / "a/log.csv").read_text().splitlines()) == 3
+
+
+def test_train_twice_at_once(tmp):
+    """Two processes, one new data set: one pack, two folders, the same result."""
+    shutil.copytree(faces(), tmp / "set", ignore=shutil.ignore_patterns(".packs"))
+    flags = ("--data", "set", "--arch", "swiftface", "--dim", 16, "--epochs", 1, "--batch-size", 16, "--amp", "off")
+    both = [subprocess.Popen([sys.executable, HERE / "train.py", *map(str, flags)], cwd=tmp, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(p.communicate()[1], p.returncode) for p in both] == [("", 0)] * 2
+    same(*(verify.load(tmp / f"runs/arcface_swiftface{end}/last.pt") for end in ("", "_2")))
+    assert len(list(tmp.glob("set/.packs/*.npy"))) == 3 and not list(tmp.rglob("*.tmp"))
 
 
 def test_train_fine_tunes(tmp):
     tiny(tmp, "--loss", "ce", "--out", "first", epochs=1)
+    other = verify.load(tmp / "first/best.pt")              # of other people and another loss: only the backbone counts
+    torch.save(other | {"names": ["Ann", "Bo"], "loss": {}}, tmp / "first/best.pt")
     _, out, _ = tiny(tmp, "--init", "first/best.pt", "--freeze", "--loss", "tpe:k=8", "--out", "second", epochs=1)
     first, second = (verify.load(tmp / f / "best.pt") for f in ("first", "second"))
     same(first["model"], second["model"])                                       # frozen, batch statistics included
@@ -495,12 +558,21 @@ def test_train_spares_scalars_from_decay_and_follows_the_schedule(tmp):
 
 
 def test_train_refuses(tmp):
-    for flags, fragment in ((("--lr", -1), "--lr"), (("--size", 7), "--size"), (("--epochs", 0), "--epochs"),
-                            (("--colour", 1), "--colour"), (("--loss", "arcfac"), "'arcface'"),
-                            (("--arch", "resnet35"), "resnet3"), (("--loss", "arcface:n=1"), "unknown argument 'n'"),
-                            (("--data", "nowhere"), "no such folder"), (("--resume", "--out", "x"), "last.pt")):
+    (tmp / "file").touch()
+    for flags, fragment in ((("--lr", -1), "--lr"), (("--lr", "nan"), "--lr"), (("--lr", "inf"), "--lr"),
+                            (("--lr",), "--lr"), (("--size", 7), "--size"), (("--colour", 1), "--colour"),
+                            (("--epochs", 0), "--epochs"), (("--epochs", 1.5), "--epochs"), (("--steps", 0), "--steps"),
+                            (("--holdout", 2), "--holdout"), (("--ema", 2), "--ema"), (("--seed", -1), "--seed"),
+                            (("--dim", 0), "--dim"), (("--dim", 10 ** 12), "--dim"), (("--batch-size", 1), "--batch"),
+                            (("more",), "more"), (("--opt", "rms"), "'adamw'"),
+                            (("--device", "cuda:99"), "cuda:99"), (("--device", "meta"), "meta"),
+                            (("--loss", "arcfac"), "'arcface'"), (("--arch", "resnet35"), "resnet3"),
+                            (("--loss", "arcface:n=1"), "unknown argument 'n'"), (("--loss", "arcface:s=-1"), "s=-1"),
+                            (("--data", "nowhere"), "no such folder"), (("--resume", "--out", "x"), "last.pt"),
+                            (("--init", "x.pt"), "x.pt: no such"), (("--out", "file"), "file: "),
+                            (("--out", "file/x"), "file/x: ")):
         _, _, err = tiny(tmp, *flags, code=2)
-        assert fragment in err and "Traceback" not in err, (flags, err)
+        assert fragment in err and err.startswith("error: ") and err.count("\n") == 1, (flags, err)
     assert not (tmp / "runs").exists() and not (tmp / "best.pt").exists()
 
 
@@ -512,12 +584,20 @@ def test_verify_refuses_strange_checkpoints(tmp):
     torch.save({"x": Evil()}, tmp / "evil2.pt")
     torch.save({"state_dict": {}}, tmp / "other.pt")
     torch.save({"face_checkpoint": 99}, tmp / "newer.pt")
-    torch.save({"face_checkpoint": 1, "x": torch.zeros(9999)}, tmp / "cut.pt")
-    (tmp / "cut.pt").write_bytes((tmp / "cut.pt").read_bytes()[:9000])
-    for name in ("evil", "evil2", "other", "newer", "cut", "missing"):
-        code, _, err = run(verify, "--ckpt", f"{name}.pt", cwd=tmp)
-        assert code == 2 and f"{name}.pt" in err and err.count("\n") == 1, err
-    assert not (tmp / "executed").exists()
+    torch.save({"face_checkpoint": 1, "x": torch.zeros(9999)}, tmp / "bare.pt")
+    (tmp / "cut.pt").write_bytes((tmp / "bare.pt").read_bytes()[:9000])
+    (tmp / "none.pt").touch()
+    (tmp / "run").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)        # a warning would be a line of its own
+        for name in ("evil", "evil2", "other", "newer", "cut", "bare", "none", "missing"):
+            if name != "missing":
+                shutil.copy(tmp / f"{name}.pt", tmp / "run/last.pt")
+            for script, *argv in ((verify, "--ckpt", f"{name}.pt"), (train, "--resume", "--out", "run"), (
+                    train, "--data", faces(), "--arch", "mobilefacenet", "--size", 32, "--init", f"{name}.pt")):
+                code, _, err = run(script, *argv, cwd=tmp)
+                assert code == 2 and argv[-1] in err and err.startswith("error: ") and err.count("\n") == 1, (argv, err)
+    assert not (tmp / "executed").exists() and not (tmp / "runs").exists()
 
 
 def test_verify_scores_are_the_same_in_any_batch_and_order(tmp):
@@ -1184,6 +1264,49 @@ def slow_losses_memorise_people_through_train(tmp):
         missed += [spec] * (whole["best"] > 0)
         shutil.rmtree(tmp / name)
     assert not missed, missed
+
+
+def command(argv, cwd):
+    """A run of train.py, in a process of its own."""
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.argv, sys.stdout, sys.stderr = ["train.py", *map(str, argv)], *(open("text.txt", "a"),) * 2
+    data.cli(train.main)
+
+
+def slow_kills(tmp):
+    """Runs killed (-9) at twenty random times, start and saving included, and resumed end as the uninterrupted one."""
+    rng, fork = np.random.default_rng(0), multiprocessing.get_context("forkserver")
+
+    def go(seconds, *argv):
+        child = fork.Process(target=command, args=(argv, tmp))
+        since = time.monotonic()
+        child.start()
+        child.join(seconds)
+        child.kill()
+        child.join()
+        assert child.exitcode in (0, -9), (tmp / "text.txt").read_text()[-2000:]
+        return child.exitcode, time.monotonic() - since
+
+    for i, (name, flags) in enumerate(RUNS.items()):
+        whole, parts = tmp / f"whole{i}", tmp / f"parts{i}"
+        start = ("--data", faces(), "--arch", "swiftface", "--dim", 16, "--epochs", 20, "--batch-size", 16,
+                 "--lr", .02, "--amp", "off", "--save-every", 0, *flags, "--out")
+        both = go(None, *start, whole)[1], go(None, "--resume", "--out", whole)[1]      # all of it, the start alone
+        resume, kills, writing = ("--resume", "--out", parts), 0, 0
+        while kills < 20:
+            code, _ = go(rng.uniform(0, both[1] + (both[0] - both[1]) / 12),
+                         *resume if (parts / "last.pt").exists() else (*start, parts))
+            assert code == -9, f"{name}: over after {kills} kills"
+            kills, writing = kills + 1, writing + any(parts.glob("*.tmp"))
+        at = verify.load(parts / "last.pt")["step"]
+        go(None, *resume)
+        for file in ("last.pt", "best.pt"):
+            same(verify.load(whole / file), verify.load(parts / file), f"{name}: {file}")
+        rows = [[r | {"seconds": 0, "img_per_s": 0} for r in csv.DictReader((out / "log.csv").open())]
+                for out in (whole, parts)]
+        assert rows[0] == rows[1] and len(rows[0]) == 20 and not list(parts.glob("*.tmp")), name
+        print(f"    {name}: {kills} kills, {writing} of them within a write, the last by step {at} of 60", flush=True)
 
 
 def slow_losses_cost():

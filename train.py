@@ -40,13 +40,14 @@ def arguments():
     def number(kind, low, high=math.inf):
         def parse(text):
             value = kind(text)
-            if not low <= value <= high:
+            if not low <= value <= high or value == math.inf:
                 raise argparse.ArgumentTypeError(f"{text} is outside {low}..{high}")
             return value
         parse.__name__ = kind.__name__
         return parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.usage
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", help="data set, or a folder above it [data; if absent, synthetic faces]")
     g.add_argument("--size", type=number(int, 32, 256), help="side of the input in pixels, 32..256 [the set's own]")
@@ -54,17 +55,18 @@ def arguments():
                    " validation where the set has no val_pairs; 0 trains on all and saves the last epoch as best [0.1]")
     g = parser.add_argument_group("model and loss")
     g.add_argument("--arch", default="resnet34", help="backbone; 'help' lists them [resnet34]")
-    g.add_argument("--dim", type=number(int, 1), default=512, help="length of the embedding [512]")
+    g.add_argument("--dim", type=number(int, 1, 65536), default=512, help="length of the embedding [512]")
     g.add_argument("--loss", default="arcface", help="a loss or a weighted sum such as 'ce+0.003*center' or"
                    " 'arcface:s=30,m=0.3'; 'help' lists them [arcface]")
-    g.add_argument("--init", metavar="CKPT", help="start from the backbone of this checkpoint")
+    g.add_argument("--init", metavar="CKPT", help="start from the backbone of this checkpoint, whoever its"
+                   " people were")
     g.add_argument("--freeze", action="store_true", help="with --init: train only the loss's weights and layers that"
                    " the checkpoint lacks")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=number(int, 1), default=8, help="passes over the training images [8]")
     g.add_argument("--steps", type=number(int, 1), help="stop after this many steps in all; the schedule stays that"
                    " of --epochs, and --resume goes on [none]")
-    g.add_argument("--batch-size", type=number(int, 1), help="images a step [128; 64 for fewer than 5,000 images]")
+    g.add_argument("--batch-size", type=number(int, 2), help="images a step [128; 64 for fewer than 5,000 images]")
     g.add_argument("--per-person", type=number(int, 2), default=4, help="images a person in the batches of losses on"
                    " pairs and triplets [4]")
     g.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="AdamW, or SGD with Nesterov momentum"
@@ -83,16 +85,18 @@ def arguments():
     g = parser.add_argument_group("the run")
     g.add_argument("--out", help="folder of results [runs/<loss>_<arch>, numbered when taken]")
     g.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its arguments")
-    g.add_argument("--save-every", type=number(float, 1), default=600.0, metavar="SECONDS", help="write last.pt at"
+    g.add_argument("--save-every", type=number(float, 0), default=600.0, metavar="SECONDS", help="write last.pt at"
                    " least this often [600]")
     g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, help="of everything random [0]")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=verify.device,
+                   help="[%(default)s]")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the backbone;"
                    " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
     g.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     args = parser.parse_args()
     if args.resume:                                         # the run's own arguments, unless the user insists
         args.out = args.out or str(folder_of(args, -1))
+        held = Path(args.out).is_dir() and data.lock(args.out)
         ckpt = verify.load(Path(args.out) / "last.pt")
         parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device")})
         out, args = args.out, parser.parse_args()
@@ -101,11 +105,14 @@ def arguments():
         if other:
             raise ValueError(f"cannot resume {out} with another " + ", ".join(
                 f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave them out, or start anew")
-        return args, ckpt
+        return args, ckpt, held
     args.lr = args.lr if args.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[args.opt]
     args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]
     args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
-    return args, None
+    losses.make(args.loss, args.dim, 2)                     # typing errors come before minutes of work
+    if args.arch not in models.ARCHS:
+        models.make(args.arch)
+    return args, None, None
 
 
 def precision(device):
@@ -129,16 +136,24 @@ def folder_of(args, which):
 
 
 def claim(args):
-    """Create the folder of a new run. The exclusive creation of log.csv keeps two runs from sharing it."""
+    """(folder, lock) of a new run. The exclusive creation of log.csv keeps two runs from sharing a folder, the lock
+    two that resume; a run that was killed before its first save leaves its folder free."""
     while True:
         out = Path(args.out) if args.out else folder_of(args, None)
         out.mkdir(parents=True, exist_ok=True)
+        log = out / "log.csv"
         try:
-            open(out / "log.csv", "x").close()
-            return out
+            held = data.lock(out)
+            if args.out and data.fcntl and not (out / "last.pt").exists() and log.exists() and not log.stat().st_size:
+                log.unlink()
+            open(log, "x").close()
+            return out, held
         except FileExistsError:
             if args.out:
-                raise ValueError(f"{out} holds a run already; --resume goes on with it, or give another --out") from None
+                raise ValueError(f"{out} holds a run already; --resume it, or give another --out") from None
+        except ValueError:                                  # at work there
+            if args.out:
+                raise
 
 
 def save(path, ckpt):
@@ -206,7 +221,7 @@ def curves(log):
 def main():
     if (topic := {"--loss": losses, "--arch": models}.get(sys.argv[-2:][0])) and sys.argv[-1] == "help":
         return print(topic.table())
-    args, ckpt = arguments()
+    args, ckpt, held = arguments()
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")              # TF32 for what autocast leaves in float32
     torch.backends.cudnn.benchmark = True
@@ -261,15 +276,16 @@ def main():
         if ckpt["names"] != faces.names or ckpt["images"] != len(rows):
             raise ValueError(f"{args.data} has changed since {out}/last.pt: {ckpt['images']} images of"
                              f" {len(ckpt['names'])} people then, {len(rows)} of {classes} now; start a new run")
-        net.load_state_dict(ckpt["model"])
-        criterion.load_state_dict(ckpt["loss"])
-        opt.load_state_dict(ckpt["opt"])
-        scaler.load_state_dict(ckpt["scaler"])
-        if average:
-            average.load_state_dict(ckpt["ema"])
-        step, best, log, sums = ckpt["step"], ckpt["best"], ckpt["log"], ckpt["sums"].to(device)
+        try:
+            for name, part in dict(model=net, loss=criterion, opt=opt, scaler=scaler, ema=average).items():
+                if part is not None:
+                    part.load_state_dict(ckpt[name])
+            step, best, log, sums = ckpt["step"], ckpt["best"], ckpt["log"], ckpt["sums"].to(device)
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(f"{out}/last.pt is not the last.pt of this version's run; start anew, perhaps with --init"
+                             f" {out}/last.pt") from None
     else:
-        out = claim(args)
+        out, held = claim(args)
         args.out = str(out)
     run = torch.compile(net) if args.compile else net
     n_net, n_loss = (sum(p.numel() for p in m.parameters()) for m in (net, criterion))
@@ -294,11 +310,14 @@ def main():
 
     def check(sums):
         """The loss must be finite; asked only now and then, for on a GPU asking means waiting."""
-        if (bad := int(sums[2])):
-            raise ValueError(f"the loss was not finite at step {bad}: lower --lr (now {args.lr:g}), lengthen --warmup,"
+        whole = torch.stack([p.isfinite().all() for p in learned]).all()
+        if (bad := int(sums[2]) or int(~whole) * step):
+            raise ValueError(f"the loss or a weight was not finite at step {bad}: lower --lr (now {args.lr:g}), lengthen --warmup,"
                              f" or try --amp off; {out}/last.pt is from before")
 
     saved = time.monotonic()
+    if not ckpt:
+        save_last()                                         # from here on --resume finds something
     for epoch in range(len(log), args.epochs):
         if log and step >= last_step:
             break

@@ -11,8 +11,10 @@ nor on the order of the pairs.
 """
 import argparse
 import csv
+import io
 import os
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +29,34 @@ import models
 VERSION = 1                                                  # of the checkpoint's layout
 
 
+def device(name):
+    """name, for argparse's type, if something can be computed there."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"'{name}' is no device of this machine; leave it out") from None
+    return name
+
+
 def load(path):
     """A checkpoint of train.py as a dictionary. Nothing in the file is executed; ValueError in one line for a
     file that is truncated, foreign, or from a newer version."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such checkpoint; train one with train.py, or name another")
-    with open(path, "rb") as f:
+    with open(path, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # of a pickle's protocol; the error says enough
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
         except Exception as e:                               # half a dozen kinds, by where the file is broken
             why = "holds more than tensors, not opened" if "weights_only" in str(e).lower() else "damaged"
             raise ValueError(f"{path}: not a checkpoint of train.py ({why}); name a best.pt or last.pt") from None
-    if not isinstance(ckpt, dict) or "face_checkpoint" not in ckpt:
+    if not isinstance(ckpt, dict) or not isinstance(ckpt.get("face_checkpoint"), int):
         raise ValueError(f"{path}: not a checkpoint of train.py; name a best.pt or last.pt that it wrote")
     if ckpt["face_checkpoint"] > VERSION:
         raise ValueError(f"{path}: written by a newer version of these scripts; update them")
+    if lacks := ({"args", "names", "model", "ema", "loss"} - ckpt.keys()
+                 or {"arch", "dim", "size", "loss", "data", "holdout", "seed"} - ckpt["args"].keys()):
+        raise ValueError(f"{path}: damaged, it lacks {', '.join(sorted(lacks))}; name another best.pt or last.pt")
     return ckpt
 
 
@@ -50,8 +65,12 @@ def build(ckpt, device="cpu"):
     a = ckpt["args"]
     net = models.make(a["arch"], a["dim"], a["size"])
     criterion = losses.make(a["loss"], a["dim"], len(ckpt["names"]))
-    net.load_state_dict(ckpt["ema"] or ckpt["model"])
-    criterion.load_state_dict(ckpt["loss"])
+    try:
+        net.load_state_dict(ckpt["ema"] or ckpt["model"])
+        criterion.load_state_dict(ckpt["loss"])
+    except RuntimeError:                                    # dozens of lines, one a tensor
+        raise ValueError(f"the checkpoint's weights do not fit {a['arch']} and {a['loss']}; it comes from another"
+                         " version of these scripts: train again") from None
     return net.to(device).eval(), criterion.to(device).eval()
 
 
@@ -144,11 +163,11 @@ def write_submission(path, scores, root):
                              " of another set: remove it, or bring the test pairs that belong to it")
         header = rows[0]
     if not np.isfinite(scores).all():
-        raise ValueError("a score is not finite; nothing was written")
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([header, *enumerate(map(repr, scores.tolist()))])
-    os.replace(temporary, path)
+        raise ValueError(f"pair {int(np.argmin(np.isfinite(scores)))} has a score that is not finite, so {path} is not"
+                         " written; the weights diverged: train again with a lower --lr")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *enumerate(map(repr, scores.tolist()))])
+    data.write(Path(path), text.getvalue().encode())
 
 
 def two_images(net, criterion, ckpt, files):
@@ -156,8 +175,8 @@ def two_images(net, criterion, ckpt, files):
     images = np.stack([data.decode(f, ckpt["args"]["size"]) for f in files])
     pairs = data.Pairs(list(files), np.array([0]), np.array([1]), None)
     s = score(embed(net, images, criterion.project), pairs, criterion.score)[0]
-    if not ckpt["val"]:
-        print(f"score {s:.4f}; the checkpoint was trained without validation pairs, so it has no threshold")
+    if not ckpt.get("val"):
+        print(f"score {s:.4f}; the checkpoint has no threshold: only the best.pt of a run with validation pairs has")
         return
     labels, scores = (ckpt["val"][k].numpy() for k in ("labels", "scores"))
     rate, threshold = eer.eer(labels, scores)
@@ -167,6 +186,7 @@ def two_images(net, criterion, ckpt, files):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.usage
     parser.add_argument("files", nargs="*", metavar="IMAGE", help="two images to compare")
     parser.add_argument("--ckpt", default="best.pt", help="checkpoint of train.py [best.pt]")
     parser.add_argument("--data", help="data set to evaluate [the one the checkpoint was trained with]")
@@ -174,10 +194,13 @@ def main():
     parser.add_argument("--images", default=".", help="folder that the names in --pairs are relative to [.]")
     parser.add_argument("--out", default="submission.csv", help="where the scores of unlabelled pairs go"
                         " [submission.csv]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=device,
+                        help="[%(default)s]")
     args = parser.parse_args()
     if len(args.files) not in (0, 2):
         raise ValueError(f"{len(args.files)} images; give two to compare")
+    if not os.access(Path(args.out).resolve().parent, os.W_OK):
+        raise ValueError(f"{args.out}: its folder is not there or is read-only; give another --out")
     ckpt = load(args.ckpt)
     a = ckpt["args"]
     net, criterion = build(ckpt, args.device)
