@@ -16,8 +16,10 @@ import itertools
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -553,6 +555,80 @@ def test_verify_closed_set_and_submission(tmp):
     raises("2 rows, but there are 3", verify.write_submission, tmp / "s.csv", np.zeros(3), tmp)
     raises("not finite", verify.write_submission, tmp / "t.csv", np.array([0, math.nan]), tmp)
     assert not (tmp / "t.csv").exists()
+
+
+# ---- Several processes --------------------------------------------------------------------------------------
+
+def processes(n, task, folder):
+    """The results of task(rank) in n processes, forked from this one, that torch.distributed will find."""
+    if not hasattr(os, "fork"):
+        raise Skip("no fork() on this system")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pids, folder = [], Path(tempfile.mkdtemp(dir=folder))
+    for rank in range(n):
+        if not (pid := os.fork()):
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                                   MASTER_PORT=str(port))
+                torch.save(task(rank), folder / str(rank))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert not any(codes), codes
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(n)]
+
+
+DIVIDED = ("ce", "ce:smooth=0.1", "modified", "l2softmax:learn=true", "normface", "coco", "vmf", "vmf:shared=true",
+           "adacos", "lsoftmax", "asoftmax", "sphereface", "am", "cosface", "arcface", "combined", "curricular", "subcenter",
+           "adaface", "magface", "elastic", "sphereface2", "uniface", "circle_class", "groupface", "ce+regular",
+           "subcenter+regular+0.1*triplet+0.01*center+uniform")
+
+
+def test_distributed_heads_equal_the_undivided(tmp):
+    """Each loss with class weights, 13 classes over two processes: loss, gradients, buffers, logits after two steps."""
+    assert {n for n in losses.LOSSES if loss_of(with_partner(n)).weight is not None} - set(SHAPES) <= {
+        re.split("[:+]", s)[-1] if s == "ce+regular" else re.split("[:+]", s)[0] for s in DIVIDED}
+    specs = [*DIVIDED, *(f"{n}:sample=0.6" for n in SAMPLED)]
+
+    def task(rank):
+        torch.distributed.init_process_group("gloo")
+        for spec in specs:
+            torch.manual_seed(0)
+            x = (torch.randn(10, 8).double() * 2)
+            y = torch.tensor([0, 5, 5, 6, 7, 12, 12, 3, 1, 6])
+            seen = []
+            for share in (0, 1), (rank, 2):
+                torch.manual_seed(1)
+                head, z = losses.make(spec, 8, 13, share).double(), x.clone().requires_grad_()
+                for step in range(2):
+                    torch.manual_seed(step)
+                    value = head(z, y)
+                    value.backward()
+                logits = (head.eval().top(x, 5))
+                params = {n: (getattr(p, "per_class", 0), p.detach(), p.grad) for n, p in head.named_parameters()}
+                seen.append((value, z.grad, params, dict(head.named_buffers()), logits))
+            (v, g, params, buffers, top), (v2, g2, params2, buffers2, top2) = seen
+            close(v2, v, 1e-9, spec), close(g2, g, 1e-9, spec)
+            assert torch.equal(top, top2), spec
+            for n in buffers:
+                close(buffers2[n], buffers[n], 1e-9, (spec, n))
+            for n, (k, *have) in params2.items():
+                for mine, all_ in zip(have, params[n][1:]):
+                    if k:
+                        all_ = all_.unflatten(0, (k, -1))[:, [0, 6][rank]:[6, 13][rank]].flatten(0, 1)
+                    close(mine, all_, 1e-9, (spec, n))
+            assert any(k for k, *_ in params2.values()), spec
+        return True
+
+    assert processes(2, task, tmp) == [True] * 2
 
 
 # ---- models.py -----------------------------------------------------------------------------------------------
