@@ -586,6 +586,46 @@ def processes(n, task, folder):
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(n)]
 
 
+def steps(cwd, n, *flags):
+    """The losses of each step of train.main on the small set in n processes, which all must have the same. The network
+    is a layer or two: rounding grows tenfold a step in a deep one with batch norm, in one process as well."""
+    def net(arch, dim, size):
+        return models.FaceNet([nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU()],
+                              [nn.Flatten(), nn.Linear(8 * 49, dim), nn.BatchNorm1d(dim)])
+
+    def task(rank):
+        seen, real = [], losses.Loss.forward
+        with mock.patch.object(losses.Loss, "forward", lambda *a: (v := real(*a), seen.append(v.item()))[0]), \
+                mock.patch.multiple(data, plot=lambda *a: 0), mock.patch.object(models, "make", net):
+            tiny(cwd, "--batch-size", 15, "--per-person", 3, *flags)
+        return seen
+
+    faces()
+    every = processes(n, task, cwd)
+    assert all(seen == every[0] for seen in every)
+    return every[0]
+
+
+def test_distributed_training_equals_one_process(tmp):
+    """Twenty steps in 1, 2 and 4 processes, of unequal parts of the batch and of the classes, and handed over from four
+    to one to two of them."""
+    flags = ("--loss", "curricular:sample=0.8+0.1*triplet+0.003*center", "--ema", ".9", "--epochs", 5, "--opt", "sgd",
+             "--lr", 5e-3, "--out")
+    runs = {n: steps(tmp, n, *flags, n, *["--shard"] * (n > 1)) for n in (1, 2, 4)}
+    runs["chain"] = (steps(tmp, 4, *flags, "chain", "--steps", 7, "--shard")
+                     + steps(tmp, 1, *flags, "chain", "--resume", "--steps", 13)
+                     + steps(tmp, 2, *flags, "chain", "--resume", "--steps", 20, "--shard"))
+    assert len(runs[1]) == 20
+    for out, seen in runs.items():
+        close(seen, runs[1], 1e-5, out)
+        one, many = (verify.load(tmp / f"{k}/last.pt") for k in (1, out))
+        for kind in ("model", "loss", "ema"):
+            for (name, a), b in zip(one[kind].items(), many[kind].values()):
+                close(a, b, 1e-3, (out, name))
+        for row, other in zip(one["log"], many["log"]):
+            close([row[k] for k in ("loss", "eer", "auc", "acc")], [other[k] for k in ("loss", "eer", "auc", "acc")], 1e-5)
+
+
 DIVIDED = ("ce", "ce:smooth=0.1", "modified", "l2softmax:learn=true", "normface", "coco", "vmf", "vmf:shared=true",
            "adacos", "lsoftmax", "asoftmax", "sphereface", "am", "cosface", "arcface", "combined", "curricular", "subcenter",
            "adaface", "magface", "elastic", "sphereface2", "uniface", "circle_class", "groupface", "ce+regular",
@@ -600,6 +640,17 @@ def test_distributed_heads_equal_the_undivided(tmp):
 
     def task(rank):
         torch.distributed.init_process_group("gloo")
+        norm, same_norm = nn.BatchNorm2d(5).double(), nn.BatchNorm2d(5).double()
+        x, weights = (torch.randn(7, 5, 3, 3, generator=torch.Generator().manual_seed(i)).double() + 3 for i in (0, 1))
+        z, part = x.clone().requires_grad_(), slice(*[(0, 4), (4, 7)][rank])
+        (norm(z) * weights).sum().backward()
+        mine = x[part].clone().requires_grad_()
+        value = train.synchronised(same_norm, mine)
+        (value * weights[part]).sum().backward()
+        close(value, norm.eval()(x)[part] if False else F.batch_norm(x, None, None, training=True)[part], 1e-9)
+        close(mine.grad, z.grad[part], 1e-9)
+        same(norm.state_dict()["num_batches_tracked"], same_norm.state_dict()["num_batches_tracked"])
+        close(same_norm.running_var, norm.running_var), close(same_norm.running_mean, norm.running_mean)
         for spec in specs:
             torch.manual_seed(0)
             x = (torch.randn(10, 8).double() * 2)

@@ -233,7 +233,7 @@ def synchronised(norm, x):
     if not norm.training:
         return type(norm).forward(norm, x)
     dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-    x = x.float()
+    x = x if x.dtype == torch.float64 else x.float()
     total = lambda v: losses.Enter.apply(losses.Total.apply(v))         # noqa: E731  each way a sum
     *mean, n = total(torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])).split(x.shape[1])
     mean = mean[0] / n
