@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -559,14 +560,17 @@ def test_verify_closed_set_and_submission(tmp):
 
 # ---- Several processes --------------------------------------------------------------------------------------
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def processes(n, task, folder):
     """The results of task(rank) in n processes, forked from this one, that torch.distributed will find."""
     if not hasattr(os, "fork"):
         raise Skip("no fork() on this system")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    pids, folder = [], Path(tempfile.mkdtemp(dir=folder))
+    pids, folder, port = [], Path(tempfile.mkdtemp(dir=folder)), free_port()
     for rank in range(n):
         if not (pid := os.fork()):
             code = 1
@@ -586,8 +590,9 @@ def processes(n, task, folder):
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(n)]
 
 
-def steps(cwd, n, *flags):
-    """The losses of each step of train.main on the small set in n processes, which all must have the same. The network
+def steps(cwd, n, *flags, stop=0):
+    """The losses of each step of train.main on the small set in n processes, which all must have the same, and up to a
+    SIGTERM to the last of them in one step. The network
     is a layer or two: rounding grows tenfold a step in a deep one with batch norm, in one process as well."""
     def net(arch, dim, size):
         return models.FaceNet([nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU()],
@@ -595,9 +600,16 @@ def steps(cwd, n, *flags):
 
     def task(rank):
         seen, real = [], losses.Loss.forward
-        with mock.patch.object(losses.Loss, "forward", lambda *a: (v := real(*a), seen.append(v.item()))[0]), \
-                mock.patch.multiple(data, plot=lambda *a: 0), mock.patch.object(models, "make", net):
-            tiny(cwd, "--batch-size", 15, "--per-person", 3, *flags)
+
+        def forward(*args):
+            value = real(*args)
+            seen.append(value.item())
+            if len(seen) == stop and rank == n - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return value
+        with mock.patch.object(losses.Loss, "forward", forward), mock.patch.multiple(data, plot=lambda *a: 0), \
+                mock.patch.object(models, "make", net):
+            tiny(cwd, "--batch-size", 15, "--per-person", 3, *flags, code=130 * (stop > 0))
         return seen
 
     faces()
@@ -612,7 +624,7 @@ def test_distributed_training_equals_one_process(tmp):
     flags = ("--loss", "curricular:sample=0.8+0.1*triplet+0.003*center", "--ema", ".9", "--epochs", 5, "--opt", "sgd",
              "--lr", 5e-3, "--out")
     runs = {n: steps(tmp, n, *flags, n, *["--shard"] * (n > 1)) for n in (1, 2, 4)}
-    runs["chain"] = (steps(tmp, 4, *flags, "chain", "--steps", 7, "--shard")
+    runs["chain"] = (steps(tmp, 4, *flags, "chain", "--shard", stop=7)
                      + steps(tmp, 1, *flags, "chain", "--resume", "--steps", 13)
                      + steps(tmp, 2, *flags, "chain", "--resume", "--steps", 20, "--shard"))
     assert len(runs[1]) == 20
@@ -1310,6 +1322,69 @@ def slow_losses_memorise_people_through_train(tmp):
         missed += [spec] * (whole["best"] > 0)
         shutil.rmtree(tmp / name)
     assert not missed, missed
+
+
+def slow_distributed_torchrun(tmp):
+    """torchrun itself: process 1 is killed in step 6, torchrun starts all again and they go on from the last save; then
+    process 1 fails in step 10, and all end within seconds with its message."""
+    (tmp / "crash.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import data, train
+real, calls = data.augment, []
+def augment(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 6:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), 9)
+        raise ValueError("the fan is broken")
+    return real(*args)
+data.augment = augment
+data.cli(train.main)
+""")
+    since = time.monotonic()
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1",
+                        "--master_port", str(free_port()), "crash.py", "--data", faces(), "--arch", "swiftface", "--dim",
+                        "16", "--batch-size", "15", "--amp", "off", "--out", "o", "--loss", "cosface", "--shard"],
+                       cwd=tmp, capture_output=True, text=True, timeout=300)
+    print(f"    {time.monotonic() - since:.0f} s, exit code {p.returncode}")
+    assert p.returncode and "error: the fan is broken" in p.stderr and "process 0 ends, for another did" in p.stderr, p.stderr
+    assert verify.load(tmp / "o/last.pt")["step"] == 8, p.stdout
+
+
+def slow_distributed_classes(tmp):
+    """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the resident
+    memory, bytes sent (an all-reduce of n bytes sends 2 (N - 1) / N n each), median seconds of five."""
+    import resource
+    for classes, n, shard in itertools.product((10_000, 100_000, 1_000_000), (1, 2), (False, True)):
+        if shard == (n == 1) and n == 1 or classes == 1_000_000 and n == 2 and not shard:
+            continue                                        # two whole copies of a million are 20 GB
+
+        def task(rank):
+            before, sent, spent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [0], []
+            if n > 1:
+                torch.distributed.init_process_group("gloo")
+            real = torch.distributed.all_reduce
+
+            def all_reduce(t, *args):
+                sent[0] += t.numel() * t.element_size() * 2 * (n - 1) // n
+                return real(t, *args)
+            head = losses.make("arcface", 512, classes, (rank, n) if shard else (0, 1))
+            opt = torch.optim.AdamW(head.parameters(), fused=True)
+            torch.manual_seed(0)
+            x, y, b = torch.randn(128, 512), torch.randint(0, classes, (128,)), 128 // n
+            with mock.patch.object(torch.distributed, "all_reduce", all_reduce):
+                for _ in range(6):
+                    since, sent[0] = time.perf_counter(), 0
+                    z = x[rank * b:rank * b + b].clone().requires_grad_()
+                    loss = head(train.together(z, rank * b, 128) if n > 1 else z, y)
+                    opt.zero_grad()
+                    loss.backward()
+                    opt.step()
+                    spent.append(time.perf_counter() - since)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent[0], float(np.median(spent[1:])), loss.item()
+        memory, sent, seconds, loss = processes(n, task, tmp)[0]
+        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory / 2 ** 10:7.0f} MiB, {sent / 1e3:6.0f} kB,"
+              f" {seconds * 1e3:6.0f} ms, loss {loss:.4f}", flush=True)
 
 
 def slow_losses_cost():

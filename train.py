@@ -295,7 +295,9 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", local))
         # A dead peer closes its connections at once, so the time limit may be long: somebody decodes the images.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(days=1))
         sys.excepthook = lambda kind, e, trace: (
             print(f"process {rank} ends, for another did", file=sys.stderr) if kind is RuntimeError and "gloo" in str(e)
             else sys.__excepthook__(kind, e, trace))
@@ -399,7 +401,8 @@ def main():
         args.out, out = name[0], Path(name[0])
     run = net
     if world > 1 and any(p.requires_grad for p in net.parameters()):
-        run = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        run = torch.nn.parallel.DistributedDataParallel(net)
+        run.broadcast_buffers = False                       # they are alike, by synchronised batch norm
     run = torch.compile(run) if args.compile else run
     n_net, n_loss = (sum(p.numel() for p in m.parameters()) for m in (net, criterion))
     print(f"{faces.root}: {len(rows)} images of {classes} people at {args.size}x{args.size}"
@@ -437,6 +440,9 @@ def main():
             break
         todo = order(labels, rows, args.batch_size, args.seed, epoch, per_person)
         todo = todo[step - epoch * per_epoch:last_step - epoch * per_epoch]
+        for t in (*criterion.parameters(), *criterion.buffers()) if world > 1 else ():
+            if not hasattr(t, "per_class"):                 # what all have alike, should rounding have parted it
+                dist.broadcast(t.detach(), 0)
         net.train()
         for module in net.modules():                        # frozen layers keep their batch statistics too
             if args.freeze and not any(p.requires_grad for p in module.parameters()):
