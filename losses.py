@@ -61,14 +61,13 @@ class Cosines(torch.autograd.Function):
 
 
 def psi(t, m1=1.0, m2=0.0, m3=0.0):
-    """The margin of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the
-    cosine t.
-    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls strictly for every
-    angle; cos(theta + m) alone rises again beyond pi - m. The gradient to t is 1, that of the plain cosine
-    (characteristic gradient detachment, SphereFace-R, 2109.05565; what the well-known ArcFace code does as well).
-    The exact one, m1 sin(a) / sin(theta), is infinite at the poles, where half of the public implementations
-    give NaN; and above 1 it pulls to the own class harder than it pushes from the others, so that a high learning
-    rate collapses all faces into one direction (README). m2 and m3 may be tensors with gradient."""
+    """The margin of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the cosine t.
+    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls strictly for every angle;
+    cos(theta + m) alone rises again beyond pi - m. The gradient to t is 1, that of the plain cosine (characteristic
+    gradient detachment, SphereFace-R, 2109.05565; what the well-known ArcFace code does as well). The exact one, m1
+    sin(a) / sin(theta), is infinite at the poles, where half of the public implementations give NaN; and above 1 it
+    pulls to the own class harder than it pushes from the others, so that a high learning rate collapses all faces
+    into one direction (README). m2 and m3 may be tensors with gradient."""
     theta = t.detach().clamp(-1, 1).acos()
     a = m1 * theta + m2
     k = torch.floor((a / math.pi).detach())
@@ -247,8 +246,7 @@ def ce(self, smooth=0.0):
 
 def modified(self):
     """Modified softmax: unit weights, no bias, free norm: logits ||x|| cos_j (Liu et al. 2017, 1704.08063, eq.
-    4).
-    A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
+    4). A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
     logits = class_weights(self, lambda x: x)
     return lambda x, y: cross_entropy(*logits(x, y))
 
@@ -261,9 +259,8 @@ def alpha_low(classes, p=0.9):
 
 def l2softmax(self, alpha=16.0, learn=False):
     """L2-constrained softmax: logits w_j.(alpha x^) + b_j (Ranjan et al. 2017, 1703.09507).
-    Features on a sphere of radius alpha, weights free. Below alpha_low(C) it cannot converge; learned
-    (learn=true) alpha drifts up, the paper's best are fixed ones. alpha is raised to alpha_low where it would
-    be lower."""
+    Features on a sphere of radius alpha, weights free. Below alpha_low(C) it cannot converge; learned (learn=true)
+    alpha drifts up, the paper's best are fixed ones. alpha is raised to alpha_low where it would be lower."""
     first = max(alpha, alpha_low(self.classes))
     self.alpha = nn.Parameter(torch.tensor(first)) if learn else first
     linear_weights(self, lambda x: self.alpha * unit(x))
@@ -309,9 +306,8 @@ def vmf(self, s=30.0, shared=False):
 
 def adacos(self, dynamic=True, sample=1.0):
     """AdaCos: NormFace without a scale to choose (Zhang et al. 2019, 1905.00292).
-    Starts at s = sqrt 2 ln(C - 1); dynamic: s = ln(mean_i sum_{j != y} e^{s cos_j}) / cos(min(pi/4, median
-    theta)), so it falls as angles shrink. s is a buffer: as a Python number, elsewhere, it is lost on
-    resuming."""
+    Starts at s = sqrt 2 ln(C - 1); dynamic: s = ln(mean_i sum_{j != y} e^{s cos_j}) / cos(min(pi/4, median theta)),
+    so it falls as angles shrink. s is a buffer: as a Python number, elsewhere, it is lost on resuming."""
     cosines_of = class_weights(self, unit, sample)
     self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(max(self.classes - 1, 2))))
     self.logits = lambda x: Cosines.apply(self.s * unit(x), self.weight)
@@ -443,10 +439,9 @@ def adaface(self, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
 
 def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0, sample=1.0):
     """MagFace: own logit s cos(theta + m(a)), a = ||x||, and lam mean(1/a + a/high^2).
-    Meng et al. 2021, 2103.06627.
-    m(a) is linear from (low, m_low) to (high, m_high). Neither part is detached: the margin pulls norms
-    down, the second term, a reward for long x, up. Networks with other norms want another range, e.g. low=1,
-    high=51."""
+    Meng et al. 2021, 2103.06627. m(a) is linear from (low, m_low) to (high, m_high). Neither part is detached: the
+    margin pulls norms down, the second term, a reward for long x, up. Networks with other norms want another range,
+    e.g. low=1, high=51."""
     formula = softmax_with(self, s, sample=sample)
     self.expected, rise = None, (m_high - m_low) / (high - low)
 
@@ -459,9 +454,8 @@ def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0
 
 def elastic(self, s=None, m=None, sigma=0.05, kind="arc", sample=1.0):
     """ElasticFace: the margin of each image and step is drawn from N(m, sigma).
-    Boutros et al. 2022, 2109.09416.
-    kind=arc adds it to the angle, kind=cos subtracts it from the cosine (m=0.35 there). sigma = 0 is ArcFace or
-    CosFace. In evaluation the margin is m."""
+    Boutros et al. 2022, 2109.09416. kind=arc adds it to the angle, kind=cos subtracts it from the cosine (m=0.35
+    there). sigma = 0 is ArcFace or CosFace. In evaluation the margin is m."""
     def target(t, m=m):
         return psi(t, m2=m) if kind == "arc" else psi(t, m3=m)
     formula = softmax_with(self, s, target, sample)
@@ -612,10 +606,9 @@ def marginal(self, theta=1.2, xi=0.3):
 
 def triplets(q, y, mining, cost, nonzero=False):
     """Mean cost(q_an - q_ap) over triplets of anchor, positive, negative; q (B, B) is higher for closer pairs.
-    all: every triplet (those of nonzero cost if so wished). hard: the farthest positive and the closest
-    negative of each anchor. semihard: for each genuine pair the closest negative that is farther than the
-    positive, or, if there is none, the farthest negative of all. all and semihard take memory for B^3
-    numbers."""
+    all: every triplet (those of nonzero cost if so wished). hard: the farthest positive and the closest negative of
+    each anchor. semihard: for each genuine pair the closest negative that is farther than the positive, or, if there
+    is none, the farthest negative of all. all and semihard take memory for B^3 numbers."""
     same, other = same_and_other(y)
     if mining == "hard":
         near = q.masked_fill(~other, -1e4).amax(1)
@@ -633,9 +626,8 @@ def triplets(q, y, mining, cost, nonzero=False):
 
 def triplet(self, m=0.2, mining="semihard"):
     """Triplet: [d_ap^2 - d_an^2 + m]+ on unit embeddings, mining=all/hard/semihard.
-    Schroff et al. 2015, 1503.03832.
-    hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard or from a softmax model.
-    all averages the non-zero triplets, so its loss hovers near m even while it learns."""
+    Schroff et al. 2015, 1503.03832. hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard
+    or from a softmax model. all averages the non-zero triplets, so its loss hovers near m even while it learns."""
     return lambda x, y: triplets(2 * cosines(x) - 2, y, mining, lambda gap: (gap + m).relu(), nonzero=True)
 
 
@@ -664,8 +656,7 @@ def tse(self, m=0.1, k=0, mining="all"):
 
 def tpe(self, k=0, mining="all"):
     """Triplet probabilistic embedding: -log e^{a.p} / (e^{a.p} + e^{a.n}) of W x^.
-    The same authors, 2016, 1604.05417.
-    = softplus(a.n - a.p), tse with a soft hinge. For frozen features, as tse."""
+    The same authors, 2016, 1604.05417. = softplus(a.n - a.p), tse with a soft hinge. For frozen features, as tse."""
     return projected_triplets(self, k, F.softplus, mining)
 
 
@@ -694,10 +685,9 @@ def supcon(self, tau=0.1):
 
 def circle(self, gamma=80.0, m=0.4):
     """Circle loss on pairs: softplus(LSE_n gamma [s_n+m]+ (s_n-m) + LSE_p -gamma [1+m-s_p]+ (s_p-(1-m))).
-    LSE_n and LSE_p are the log-sum-exp of an anchor's pairs with others and with itself.
-    Sun et al. 2020, 2002.10857. (The course write-up prints the positive term without the minus before gamma;
-    that would push genuine pairs apart.) The weights [.]+ carry no gradient. gamma=256, m=0.25 for large
-    batches."""
+    LSE_n and LSE_p are the log-sum-exp of an anchor's pairs with others and with itself. Sun et al. 2020, 2002.10857.
+    (The course write-up prints the positive term without the minus before gamma; that would push genuine pairs
+    apart.) The weights [.]+ carry no gradient. gamma=256, m=0.25 for large batches."""
     def formula(x, y):
         s, (same, other) = cosines(x), same_and_other(y)
         negative = lse_where(gamma * (s.detach() + m).relu() * (s - m), other)
@@ -720,9 +710,8 @@ def multisim(self, alpha=2.0, beta=50.0, base=0.5):
 
 def siamese(self):
     """DeepFace's siamese metric: p(same) = sigmoid(b - sum_k w_k |x^1_k - x^2_k|), w >= 0 learned.
-    Taigman et al. 2014, CVPR.
-    Logistic loss over the batch's pairs, genuine and impostor averaged apart. verify.py --metric learned uses
-    it."""
+    Taigman et al. 2014, CVPR. Logistic loss over the batch's pairs, genuine and impostor averaged apart. verify.py
+    --metric learned uses it."""
     self.axes, self.b = nn.Parameter(torch.zeros(self.dim)), nn.Parameter(torch.tensor(math.sqrt(self.dim)))
 
     def weighted(x):
@@ -815,9 +804,8 @@ def ring(self, lam=1.0):
 
 def uniform(self, alpha=0.5):
     """UniformFace: mean over pairs of classes of 1 / (1 + ||c_a - c_b||), centres on the sphere.
-    Duan et al. 2019, CVPR.
-    Spreads people evenly. Over the batch's classes only, as C^2 pairs are too many; added to any class-weight
-    loss."""
+    Duan et al. 2019, CVPR. Spreads people evenly. Over the batch's classes only, as C^2 pairs are too many; added to
+    any class-weight loss."""
     move = centres(self, alpha)
     return lambda x, y: mean_where(1 / (1 + distances(move(unit(x), y))), y[:, None] != y)
 
