@@ -379,7 +379,8 @@ AUGMENT = dict(mirror=(0.5, "probability of a mirror image"), rotate=(10, "large
 
 def augment(x, strength, size=None, part=None):
     """uint8 (B, S, S, 3) -> float (B, 3, size, size) in -1..1, each image by its own dice (torch's generator).
-    part = (first, total): x are rows first, first + 1, ... of a batch of total, and get the dice they have in it. One resampling does mirror, rotation, zoom, shift and size; one 3x3 matrix does the colours. Never upside down."""
+    part = (first, total): x are the rows from first on of a batch of total, with the dice that they have there.
+    One resampling does mirror, rotation, zoom, shift and size; one 3x3 matrix does the colours. Never upside down."""
     b, s = len(x), SimpleNamespace(**strength)
     first, total = part or (0, b)
     u = torch.rand(total, 12, device=x.device)[first:first + b] * 2 - 1         # all the dice, in -1..1

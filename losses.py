@@ -127,9 +127,8 @@ def rows(w, y):
 
 def put(a, y, value):
     """a (B, C), which has no gradient, with a number in place of each image's own class."""
-    column, value = (y.column[:, None], own(a, y.column).masked_fill(y.here, value)) if isinstance(y, Held) else (
-        y[:, None], value)
-    return a.scatter_(1, column, value)
+    y, value = (y.column, own(a, y.column).masked_fill(y.here, value)) if isinstance(y, Held) else (y, value)
+    return a.scatter_(1, y[:, None], value)
 
 
 def add(logits, y, more):
@@ -150,8 +149,11 @@ def cross_entropy(logits, y, smooth=0.0):
     """Mean of log sum_j e^{l_j} - l_y; the own class's share is 1 - smooth, and smooth that of all equally."""
     if not isinstance(y, Held):
         return F.cross_entropy(logits, y, label_smoothing=smooth)
-    mean = Total.apply(torch.stack([logits.sum(1), torch.full_like(logits[:, 0], logits.shape[1])])) if smooth else (0, 1)
-    return (logsumexp(logits, y) - (1 - smooth) * own(logits, y)[:, 0] - smooth * mean[0] / mean[1]).mean()
+    mine = own(logits, y)[:, 0]
+    if smooth:
+        total, n = Total.apply(torch.stack([logits.sum(1), torch.full_like(mine, logits.shape[1])]))
+        mine = (1 - smooth) * mine + smooth * total / n
+    return (logsumexp(logits, y) - mine).mean()
 
 
 def per_class(self, fill, *shape, k=1):
@@ -288,8 +290,8 @@ def vmf(self, s=30.0, shared=False):
     shared=true has one k: the normaliser C_D cancels and it is NormFace. I_{D/2-1} overflows, so log C_D comes
     from the uniform asymptotic expansion of Bessel's function (Abramowitz, Stegun 9.7.7), good for D >= 8."""
     class_weights(self, unit)
-    first = lambda k: k.fill_(math.log(s))                              # noqa: E731
-    self.log_k = nn.Parameter(first(torch.empty(1))) if shared else per_class(self, first)
+    first = math.log(s)
+    self.log_k = nn.Parameter(torch.tensor([first])) if shared else per_class(self, lambda k: k.fill_(first))
     v = max(self.dim / 2 - 1, 0.5)
 
     def logits(x):
@@ -882,8 +884,8 @@ class Term(nn.Module):
 
     def label(self, y):
         """y (B,), or, where the classes are divided, Held."""
-        column = y - self.first
-        return Held(column.clamp(0, self.held - 1), ((column >= 0) & (column < self.held))[:, None]) if self.divided else y
+        column = (y - self.first).clamp(0, self.held - 1)
+        return Held(column, (y - self.first == column)[:, None]) if self.divided else y
 
     def forward(self, x, y):
         return self.formula(x, y)

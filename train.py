@@ -41,6 +41,7 @@ import models
 import verify
 
 FREE = {"epochs", "steps", "out", "resume", "save_every", "data", "device", "shard"}     # may differ when resuming
+RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # how often torchrun --max-restarts began anew
 COLUMNS = dict(epoch="{:.0f}", step="{:.0f}", loss="{:.3f}", lr="{:.2e}", acc="{:.2%}", eer="{:.2%}", auc="{:.2%}",
                pair_acc="{:.2%}", img_per_s="{:.0f}", seconds="{:.0f}")
 
@@ -102,9 +103,8 @@ def arguments():
                    " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
     g.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     args = parser.parse_args()
-    if again() and args.out and (Path(args.out) / "last.pt").exists():
-        args.resume = True
-    if args.resume:                                         # the run's own arguments, unless the user insists
+    if args.resume or RESTARTS != "0" and args.out and Path(args.out, "last.pt").exists():
+        # The run's own arguments, unless the user insists.
         args.out = args.out or str(folder_of(args, -1))
         ckpt = verify.load(Path(args.out) / "last.pt")
         parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device")})
@@ -119,11 +119,6 @@ def arguments():
     args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]
     args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
     return args, None
-
-
-def again():
-    """Whether torchrun --max-restarts has started us anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def precision(device):
@@ -155,13 +150,15 @@ def claim(args):
             open(out / "log.csv", "x").close()
             return out
         except FileExistsError:
-            if again() and args.out:                        # it failed before the first save
+            if RESTARTS != "0" and args.out:                # it failed before the first save
                 return out
             if args.out:
                 raise ValueError(f"{out} holds a run already; --resume goes on with it, or give another --out") from None
 
 
 def save(path, ckpt):
+    if dist.is_initialized() and dist.get_rank():
+        return
     buffer = io.BytesIO()
     torch.save(ckpt, buffer)
     data.write(path, buffer.getbuffer())
@@ -232,11 +229,13 @@ def synchronised(norm, x):
     """A batch norm's forward with the statistics of all processes; torch.nn.SyncBatchNorm is for GPUs only."""
     if not norm.training:
         return type(norm).forward(norm, x)
+    def total(v):
+        return losses.Enter.apply(losses.Total.apply(v))                # a sum over processes in both directions
+
     dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
     x = x if x.dtype == torch.float64 else x.float()
-    total = lambda v: losses.Enter.apply(losses.Total.apply(v))         # noqa: E731  each way a sum
-    *mean, n = total(torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])).split(x.shape[1])
-    mean = mean[0] / n
+    mean, n = total(torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])).split([x.shape[1], 1])
+    mean = mean / n
     x = x - mean.view(shape)
     var = total(x.square().sum(dims)) / n
     with torch.no_grad():
@@ -295,7 +294,7 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", local))
         # A dead peer closes its connections at once, so the time limit may be long: somebody decodes the images.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
+        store = dist.PrefixStore(RESTARTS, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(days=1))
         sys.excepthook = lambda kind, e, trace: (
@@ -306,8 +305,7 @@ def main():
     torch.backends.cudnn.benchmark = True
 
     # Faces: found, decoded once, memory-mapped.
-    for _ in range(turn):
-        agreed()
+    [agreed() for _ in range(turn)]
     if args.data == "data" and not Path("data").exists():
         print("no data/ folder and no --data: rendering synthetic faces into data/ and training on those")
         data.synthesise("data")
@@ -322,8 +320,7 @@ def main():
         sets["dev"] = packed, faces.dev[1], good
     if faces.val_pairs:
         sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, args.size, cache, "val_pairs")
-    for _ in range(2 - turn):
-        agreed()
+    [agreed() for _ in range(2 - turn)]
     y_all = torch.from_numpy(labels).to(device)
 
     # Network, loss, optimizer.
@@ -417,16 +414,15 @@ def main():
 
     def checkpoint(**extra):
         """Everything that verify.py needs; with the optimizer's state and the log, everything that resuming needs."""
-        loss, state = regroup(functools.partial(whole, classes=classes), criterion.state_dict(), extra.get("opt", {"state": {}}))
+        loss, state = regroup(functools.partial(whole, classes=classes), criterion.state_dict(),
+                              extra.get("opt", {"state": {}}))
         return {"face_checkpoint": verify.VERSION, "args": vars(args), "names": faces.names, "images": len(rows),
                 "model": net.state_dict(), "ema": average.state_dict() if average else None,
                 "loss": loss, "step": step, "best": best, **extra} | ({"opt": state} if "opt" in extra else {})
 
     def save_last():
-        ckpt = checkpoint(opt=opt.state_dict(), scaler=scaler.state_dict(), log=log, sums=sums)
-        if rank == 0:
-            save(out / "last.pt", ckpt)
-        agreed()                                            # nobody leaves before it is written
+        save(out / "last.pt", checkpoint(opt=opt.state_dict(), scaler=scaler.state_dict(), log=log, sums=sums))
+        agreed()                                            # nobody leaves before process 0 has written it
 
     def check(sums):
         """The loss must be finite; asked only now and then, for on a GPU asking means waiting."""
@@ -507,16 +503,14 @@ def main():
             best = best if partial else row["eer"]
             val = {"labels": torch.from_numpy(sets["val_pairs"][1].labels),
                    "scores": torch.from_numpy(found["scores"])} if "scores" in found else None
-            ckpt = checkpoint(val=val)
-            if rank == 0:
-                save(out / "best.pt", ckpt)
-                if not link(out / "best.pt"):
-                    print(f"best.pt here is not a link of ours and stays as it is; the new one is {out}/best.pt")
+            save(out / "best.pt", checkpoint(val=val))
+            if rank == 0 and not link(out / "best.pt"):
+                print(f"best.pt here is not a link of ours and stays as it is; the new one is {out}/best.pt")
         if rank == 0:
-            text = io.StringIO()
-            csv.DictWriter(text, COLUMNS, lineterminator="\n").writeheader()
-            csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows([*log, row])
-            data.write(out / "log.csv", text.getvalue().encode())
+            rows_out = io.StringIO()
+            csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writeheader()
+            csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writerows([*log, row])
+            data.write(out / "log.csv", rows_out.getvalue().encode())
             data.plot(out / "curves.png", curves([*log, row]))
         if not partial:
             log.append(row)
