@@ -263,7 +263,7 @@ def native_size(files):
 def progress(what, done, total, since, unit="images", every=[0.0]):
     """One line with rate and time left, rewritten at most five times a second, only on a terminal."""
     now = time.monotonic()
-    if sys.stderr.isatty() and (now - every[0] > 0.2 or done == total):
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and (now - every[0] > 0.2 or done == total):
         every[0], rate = now, done / max(now - since, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9)))
         print(f"\r{what} {done}/{total}, {rate:.0f} {unit}/s, {left} left\x1b[K", end="\n" if done == total else "",
@@ -376,11 +376,12 @@ def pack(files, size, cache, what="images"):
 
 # ---- Batches: gathered one ahead, augmented on the device -----------------------------------------------------
 
-def batches(images, order, device):
-    """For each index array of order: (index (B,), uint8 images (B, S, S, 3)) on the device. The next batch is
-    already under way: gathered by a thread into pinned memory, copied without waiting."""
+def batches(images, order, device, part=slice(None)):
+    """For each index array of order: (index (B,), uint8 images (B, S, S, 3)) on the device, of the images only a part
+    of the batch if so wished. The next batch is already under way: gathered by a thread into pinned memory, copied
+    without waiting."""
     def fetch(index):
-        both = torch.from_numpy(index), torch.from_numpy(images[index])
+        both = torch.from_numpy(index), torch.from_numpy(images[index[part]])
         return [t.pin_memory() for t in both] if device.type == "cuda" else both
 
     with ThreadPoolExecutor(1) as pool:
@@ -403,11 +404,13 @@ AUGMENT = dict(mirror=(0.5, "probability of a mirror image"), rotate=(10, "large
                saturation=(0.2, "saturation likewise"), erase=(0.2, "probability of erasing a rectangle"))
 
 
-def augment(x, strength, size=None):
+def augment(x, strength, size=None, part=None):
     """uint8 (B, S, S, 3) -> float (B, 3, size, size) in -1..1, each image by its own dice (torch's generator).
+    part = (first, total): x are the rows from first on of a batch of total, with the dice that they have there.
     One resampling does mirror, rotation, zoom, shift and size; one 3x3 matrix does the colours. Never upside down."""
     b, s = len(x), SimpleNamespace(**strength)
-    u = torch.rand(b, 12, device=x.device) * 2 - 1                              # all the dice, in -1..1
+    first, total = part or (0, b)
+    u = torch.rand(total, 12, device=x.device)[first:first + b] * 2 - 1         # all the dice, in -1..1
     x = x.permute(0, 3, 1, 2).float().contiguous()                              # (B, 3, S, S), 0..255
     size = size or x.shape[-1]
     angle, scale = u[:, 0] * math.radians(s.rotate), torch.exp(u[:, 1] * math.log1p(s.zoom))
@@ -430,7 +433,7 @@ def augment(x, strength, size=None):
         half, centre = 0.125 + 0.075 * u[:, 8:10], u[:, 10:12]                  # (B, 2), in sides and in -1..1
         at = torch.linspace(-1, 1, size, device=x.device)
         inside = (at - centre[..., None]).abs() < 2 * half[..., None]           # (B, 2, size)
-        chosen = torch.rand(b, device=x.device) < s.erase
+        chosen = torch.rand(total, device=x.device)[first:first + b] < s.erase
         x.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None] & chosen[:, None, None])[:, None], 0)
     return x.contiguous(memory_format=torch.channels_last)
 

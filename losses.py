@@ -14,14 +14,21 @@ s and m shown as auto follow the number of classes (see automatic); arcface:s=64
 A loss here is a function that hangs its state (class weights, centres, learned scalars) on `self`, a Term, and
 returns its formula (x, y) -> scalar. Everything is computed in float32 at least, whatever the backbone used:
 with s = 64, cosines from bf16 put the logits off by 0.1, and in fp16 a zero vector normalises to NaN.
+
+In several processes every one calls a loss with the whole batch, (B, D) and (B,), so that pairs, centres and
+running means are those of one process. make(..., share=(r, N)) divides what has a row a class: process r holds
+classes rC/N..(r+1)C/N and logits (B, C/N); loss and gradients are those of the undivided head. Replicated values
+enter the divided computation by Enter and leave it by Total, Megatron-LM's f and g (1909.08053, section 3).
 """
 import difflib
 import functools
 import inspect
 import math
 import re
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -54,31 +61,122 @@ class Cosines(torch.autograd.Function):
 
 
 def psi(t, m1=1.0, m2=0.0, m3=0.0):
-    """The margin of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the
-    cosine t.
-    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls strictly for every
-    angle; cos(theta + m) alone rises again beyond pi - m. The gradient to t is 1, that of the plain cosine
-    (characteristic gradient detachment, SphereFace-R, 2109.05565; what the well-known ArcFace code does as well).
-    The exact one, m1 sin(a) / sin(theta), is infinite at the poles, where half of the public implementations
-    give NaN; and above 1 it pulls to the own class harder than it pushes from the others, so that a high learning
-    rate collapses all faces into one direction (README). m2 and m3 may be tensors with gradient."""
+    """The margin of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the cosine t.
+    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls strictly for every angle;
+    cos(theta + m) alone rises again beyond pi - m. The gradient to t is 1, that of the plain cosine (characteristic
+    gradient detachment, SphereFace-R, 2109.05565; what the well-known ArcFace code does as well). The exact one, m1
+    sin(a) / sin(theta), is infinite at the poles, where half of the public implementations give NaN; and above 1 it
+    pulls to the own class harder than it pushes from the others, so that a high learning rate collapses all faces
+    into one direction (README). m2 and m3 may be tensors with gradient."""
     theta = t.detach().clamp(-1, 1).acos()
     a = m1 * theta + m2
     k = torch.floor((a / math.pi).detach())
     return (1 - 2 * (k % 2)) * a.cos() - 2 * k - m3 + (t - t.detach())
 
 
+# Over classes, which may be divided: y is then Held, and each function does its part of what it does otherwise.
+
+class Total(torch.autograd.Function):
+    """The sum over processes of a partial result; the gradient to each part is that of the sum."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(x := x.clone(memory_format=torch.contiguous_format))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Enter(torch.autograd.Function):
+    """A value that all processes have goes into what each computes for its classes; their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Total.forward(ctx, grad)
+
+
+class Held(NamedTuple):
+    """Labels where classes are divided: column (B,) among those held here, and whether it is, here (B, 1)."""
+    column: torch.Tensor
+    here: torch.Tensor
+
+
+def greatest(x):
+    dist.all_reduce(x := x.detach().clone(), dist.ReduceOp.MAX)
+    return x
+
+
 def own(logits, y):
     """(B, 1): each image's logit of its own class. By index, as gather() would keep all logits for its
     gradient."""
+    if isinstance(y, Held):
+        return Total.apply(own(logits, y.column).where(y.here, 0))
     return logits[torch.arange(len(y), device=y.device), y][:, None]
+
+
+def rows(w, y):
+    """(B, D): each image's row of a table of classes."""
+    return Total.apply(w[y.column].where(y.here, 0)) if isinstance(y, Held) else w[y]
+
+
+def put(a, y, value):
+    """a (B, C), which has no gradient, with a number in place of each image's own class."""
+    y, value = (y.column, own(a, y.column).masked_fill(y.here, value)) if isinstance(y, Held) else (y, value)
+    return a.scatter_(1, y[:, None], value)
+
+
+def add(logits, y, more):
+    """Add more (B, 1) to the own logits, in place: the gradient passes through untouched, nothing is copied."""
+    y, more = (y.column, Enter.apply(more).where(y.here, 0)) if isinstance(y, Held) else (y, more)
+    return logits.scatter_add_(1, y[:, None], more)
+
+
+def logsumexp(logits, y, dim=1):
+    local = logits.logsumexp(dim)
+    if not isinstance(y, Held):
+        return local
+    high = greatest(local)
+    return high + Total.apply((local - high).exp()).log()
+
+
+def cross_entropy(logits, y, smooth=0.0):
+    """Mean of log sum_j e^{l_j} - l_y; the own class's share is 1 - smooth, and smooth that of all equally."""
+    if not isinstance(y, Held):
+        return F.cross_entropy(logits, y, label_smoothing=smooth)
+    mine = own(logits, y)[:, 0]
+    if smooth:
+        total, n = Total.apply(torch.stack([logits.sum(1), torch.full_like(mine, logits.shape[1])]))
+        mine = (1 - smooth) * mine + smooth * total / n
+    return (logsumexp(logits, y) - mine).mean()
+
+
+def per_class(self, fill, *shape, k=1):
+    """Parameter (k C, *shape) initialised by fill, of which this process keeps the rows j, C + j, ... of its
+    classes. Drawn in blocks of a multiple of 16 numbers, for which torch's generator gives the numbers of one
+    great draw: a class starts alike however many processes there are, and the whole is nowhere in memory."""
+    n, block = k * self.classes, 2 ** 16
+    if not self.divided:
+        return nn.Parameter(fill(torch.empty(n, *shape)))
+    parts, edges = [], [*range(0, max(1, n - block + 1), block), n]
+    for low, high in zip(edges, edges[1:]):
+        j = torch.arange(low, high) % self.classes
+        parts.append(fill(torch.empty(high - low, *shape))[(j >= self.first) & (j < self.first + self.held)])
+    p = nn.Parameter(torch.cat(parts))
+    p.per_class = k                                                     # tells train.py how to put it together
+    return p
 
 
 def margin_softmax(logits, y, s, target):
     """Cross-entropy of logits (B, C) = s cos after the own class's cosine t has become target(t). s: a number
-    or (B, 1). The change is added in place: its gradient passes through untouched, so nothing is copied."""
+    or (B, 1)."""
     t = own(logits, y) / s
-    return F.cross_entropy(logits.scatter_add_(1, y[:, None], s * (target(t) - t)), y)
+    return cross_entropy(add(logits, y, s * (target(t) - t)), y)
 
 
 def class_weights(self, scaled, sample=1.0, k=1):
@@ -86,20 +184,28 @@ def class_weights(self, scaled, sample=1.0, k=1):
     the cosines: one (B, C) array less. Returns (x, y) -> those logits and the labels among their columns.
     sample < 1: in training, only that share of the classes takes part, the batch's and random others (Partial
     FC, An et al. 2021, 2010.05222). k > 1: class j has k weights, in rows j, C + j, ...; the nearest counts."""
-    self.weight = nn.Parameter(torch.randn(k * self.classes, self.dim) * self.dim ** -0.5)
+    self.weight = per_class(self, lambda w: w.normal_().mul_(self.dim ** -0.5), self.dim, k=k)
 
     def closest(x, w):
-        logits = Cosines.apply(scaled(x), w)
+        logits = Cosines.apply(self.enter(scaled(x)), w)
         return logits.unflatten(1, (k, -1)).max(1)[0] if k > 1 else logits
 
     def logits(x, y):
-        w = self.weight
+        w, label = self.weight, self.label(y)
         if sample < 1 and self.training:
             n = min(self.classes, max(round(sample * self.classes), len(y)))
             draw = torch.rand(self.classes, device=x.device).index_fill_(0, y, 2.0)     # the batch's come first
             chosen = draw.topk(n)[1].sort()[0]
-            w, y = w.unflatten(0, (k, -1))[:, chosen].flatten(0, 1), torch.searchsorted(chosen, y)
-        return closest(x, w), y
+            if self.divided:
+                chosen = chosen[(chosen >= self.first) & (chosen < self.first + self.held)] - self.first
+                if not len(chosen):
+                    raise ValueError(f"none of the {n} sampled classes fell to process {dist.get_rank()}; use a larger"
+                                     " sample= or fewer processes")
+                label = Held(torch.searchsorted(chosen, label.column).clamp_max(len(chosen) - 1), label.here)
+            else:
+                label = torch.searchsorted(chosen, y)
+            w = w.unflatten(0, (k, -1))[:, chosen].flatten(0, 1)
+        return closest(x, w), label
     self.logits = lambda x: closest(x, self.weight)
     return logits
 
@@ -123,9 +229,10 @@ def softmax_with(self, s, target=lambda t: t, sample=1.0, k=1):
 
 def linear_weights(self, scaled=lambda x: x):
     """A plain linear layer's class weights and biases, and logits w_j.scaled(x) + b_j."""
-    linear = nn.Linear(self.dim, self.classes)
-    self.weight, self.bias = linear.weight, linear.bias
-    self.logits = lambda x: F.linear(scaled(x), self.weight, self.bias)
+    bound = self.dim ** -0.5                                             # as nn.Linear
+    self.weight = per_class(self, lambda w: w.uniform_(-bound, bound), self.dim)
+    self.bias = per_class(self, lambda b: b.uniform_(-bound, bound))
+    self.logits = lambda x: F.linear(self.enter(scaled(x)), self.weight, self.bias)
 
 
 # ---- Softmax and its normalised forms ------------------------------------------------------------------------
@@ -136,15 +243,14 @@ def ce(self, smooth=0.0):
     judge it by the cosine, not by the distance of raw embeddings. No smoothing with margins: they cancel."""
     linear_weights(self)
     self.expected = math.log(self.classes)
-    return lambda x, y: F.cross_entropy(self.logits(x), y, label_smoothing=smooth)
+    return lambda x, y: cross_entropy(self.logits(x), self.label(y), smooth)
 
 
 def modified(self):
     """Modified softmax: unit weights, no bias, free norm: logits ||x|| cos_j (Liu et al. 2017, 1704.08063, eq.
-    4).
-    A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
+    4). A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
     logits = class_weights(self, lambda x: x)
-    return lambda x, y: F.cross_entropy(*logits(x, y))
+    return lambda x, y: cross_entropy(*logits(x, y))
 
 
 def alpha_low(classes, p=0.9):
@@ -155,13 +261,12 @@ def alpha_low(classes, p=0.9):
 
 def l2softmax(self, alpha=16.0, learn=False):
     """L2-constrained softmax: logits w_j.(alpha x^) + b_j (Ranjan et al. 2017, 1703.09507).
-    Features on a sphere of radius alpha, weights free. Below alpha_low(C) it cannot converge; learned
-    (learn=true) alpha drifts up, the paper's best are fixed ones. alpha is raised to alpha_low where it would
-    be lower."""
+    Features on a sphere of radius alpha, weights free. Below alpha_low(C) it cannot converge; learned (learn=true)
+    alpha drifts up, the paper's best are fixed ones. alpha is raised to alpha_low where it would be lower."""
     first = max(alpha, alpha_low(self.classes))
     self.alpha = nn.Parameter(torch.tensor(first)) if learn else first
     linear_weights(self, lambda x: self.alpha * unit(x))
-    return lambda x, y: F.cross_entropy(self.logits(x), y)
+    return lambda x, y: cross_entropy(self.logits(x), self.label(y))
 
 
 def normface(self, s=20.0, learn=True, sample=1.0):
@@ -171,7 +276,7 @@ def normface(self, s=20.0, learn=True, sample=1.0):
     self.s = nn.Parameter(torch.tensor(s)) if learn else s
     logits = class_weights(self, lambda x: self.s * unit(x), sample)
     at_start(self, s, sample=sample)
-    return lambda x, y: F.cross_entropy(*logits(x, y))
+    return lambda x, y: cross_entropy(*logits(x, y))
 
 
 def coco(self, s=30.0, sample=1.0):
@@ -185,24 +290,26 @@ def vmf(self, s=30.0, shared=False):
     shared=true has one k: the normaliser C_D cancels and it is NormFace. I_{D/2-1} overflows, so log C_D comes
     from the uniform asymptotic expansion of Bessel's function (Abramowitz, Stegun 9.7.7), good for D >= 8."""
     class_weights(self, unit)
-    self.log_k = nn.Parameter(torch.full((1 if shared else self.classes,), math.log(s)))
+    first = math.log(s)
+    self.log_k = nn.Parameter(torch.tensor([first])) if shared else per_class(self, lambda k: k.fill_(first))
     v = max(self.dim / 2 - 1, 0.5)
 
     def logits(x):
-        k = self.log_k.exp()
+        log_k = self.enter(self.log_k) if shared else self.log_k
+        k = log_k.exp()
         root = torch.sqrt(v * v + k * k)
-        log_c = v * self.log_k - (root - v * torch.asinh(v / k) - 0.5 * torch.log(root))
-        return (Cosines.apply(unit(x), self.weight) * k).add_(log_c - log_c.detach().mean())
+        log_c = v * log_k - (root - v * torch.asinh(v / k) - 0.5 * torch.log(root))
+        shift = greatest(log_c.max()) if self.divided else log_c.detach().mean()        # cancels; any will do
+        return (Cosines.apply(self.enter(unit(x)), self.weight) * k).add_(log_c - shift)
     self.logits = logits
     at_start(self, s)
-    return lambda x, y: F.cross_entropy(logits(x), y)
+    return lambda x, y: cross_entropy(logits(x), self.label(y))
 
 
 def adacos(self, dynamic=True, sample=1.0):
     """AdaCos: NormFace without a scale to choose (Zhang et al. 2019, 1905.00292).
-    Starts at s = sqrt 2 ln(C - 1); dynamic: s = ln(mean_i sum_{j != y} e^{s cos_j}) / cos(min(pi/4, median
-    theta)), so it falls as angles shrink. s is a buffer: as a Python number, elsewhere, it is lost on
-    resuming."""
+    Starts at s = sqrt 2 ln(C - 1); dynamic: s = ln(mean_i sum_{j != y} e^{s cos_j}) / cos(min(pi/4, median theta)),
+    so it falls as angles shrink. s is a buffer: as a Python number, elsewhere, it is lost on resuming."""
     cosines_of = class_weights(self, unit, sample)
     self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(max(self.classes - 1, 2))))
     self.logits = lambda x: Cosines.apply(self.s * unit(x), self.weight)
@@ -213,9 +320,9 @@ def adacos(self, dynamic=True, sample=1.0):
         if dynamic and self.training:
             with torch.no_grad():
                 middle = own(c, y).clamp(-1, 1).acos().median().clamp_max(math.pi / 4)
-                others = (self.s * c).scatter_(1, y[:, None], -math.inf).logsumexp((0, 1)) - math.log(len(y))
+                others = logsumexp(put(self.s * c, y, -math.inf), y, (0, 1)) - math.log(len(x))
                 self.s.copy_(others.clamp_min(1) / middle.cos())
-        return F.cross_entropy(c.mul_(self.s.clone()), y)           # a clone: the buffer moves on
+        return cross_entropy(c.mul_(self.s.clone()), y)             # a clone: the buffer moves on
     return formula
 
 
@@ -229,6 +336,7 @@ def annealed(self, m, base, gamma, power, low, norms):
     def formula(x, y):
         self.step += self.training
         lam = (base * (1 + gamma * self.step.to(x.dtype)) ** -power).clamp_min(low)
+        y = self.label(y)
         return margin_softmax(self.logits(x), y, norms(x, y).clamp_min(1e-6)[:, None],
                               lambda t: (lam * t + psi(t, m)) / (1 + lam))
     return formula
@@ -239,8 +347,8 @@ def lsoftmax(self, m=4, base=1000.0, gamma=2.5e-5, power=35.0, low=0.0):
     The first margin. Does not converge from scratch without the annealing, published here for MNIST's 20,000
     steps."""
     class_weights(self, unit)
-    self.logits = lambda x: F.linear(x, self.weight)
-    return annealed(self, m, base, gamma, power, low, lambda x, y: x.norm(dim=1) * self.weight[y].norm(dim=1))
+    self.logits = lambda x: F.linear(self.enter(x), self.weight)
+    return annealed(self, m, base, gamma, power, low, lambda x, y: x.norm(dim=1) * rows(self.weight, y).norm(dim=1))
 
 
 def asoftmax(self, m=4, base=1000.0, gamma=0.12, power=1.0, low=5.0):
@@ -295,12 +403,12 @@ def curricular(self, s=None, m=None, momentum=0.01, sample=1.0):
         with torch.no_grad():                   # l (r + l/s) = slope l - l^2/s: one array is kept, not three
             if self.training:
                 self.r.lerp_(t.mean(), momentum)
-            easy = (logits <= target).scatter_(1, y[:, None], True)
+            easy = put(logits <= target, y, True)
             slope = torch.add(self.r, logits, alpha=2 / s).masked_fill_(easy, 1)
             hard = logits.masked_fill(easy, 0)
         logits.mul_(slope).addcmul_(hard, hard, value=-1 / s)
         del easy, slope, hard
-        return F.cross_entropy(logits.scatter_add_(1, y[:, None], target - s * t), y)
+        return cross_entropy(add(logits, y, target - s * t), y)
     return formula
 
 
@@ -333,10 +441,9 @@ def adaface(self, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
 
 def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0, sample=1.0):
     """MagFace: own logit s cos(theta + m(a)), a = ||x||, and lam mean(1/a + a/high^2).
-    Meng et al. 2021, 2103.06627.
-    m(a) is linear from (low, m_low) to (high, m_high). Neither part is detached: the margin pulls norms
-    down, the second term, a reward for long x, up. Networks with other norms want another range, e.g. low=1,
-    high=51."""
+    Meng et al. 2021, 2103.06627. m(a) is linear from (low, m_low) to (high, m_high). Neither part is detached: the
+    margin pulls norms down, the second term, a reward for long x, up. Networks with other norms want another range,
+    e.g. low=1, high=51."""
     formula = softmax_with(self, s, sample=sample)
     self.expected, rise = None, (m_high - m_low) / (high - low)
 
@@ -349,9 +456,8 @@ def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0
 
 def elastic(self, s=None, m=None, sigma=0.05, kind="arc", sample=1.0):
     """ElasticFace: the margin of each image and step is drawn from N(m, sigma).
-    Boutros et al. 2022, 2109.09416.
-    kind=arc adds it to the angle, kind=cos subtracts it from the cosine (m=0.35 there). sigma = 0 is ArcFace or
-    CosFace. In evaluation the margin is m."""
+    Boutros et al. 2022, 2109.09416. kind=arc adds it to the angle, kind=cos subtracts it from the cosine (m=0.35
+    there). sigma = 0 is ArcFace or CosFace. In evaluation the margin is m."""
     def target(t, m=m):
         return psi(t, m2=m) if kind == "arc" else psi(t, m3=m)
     formula = softmax_with(self, s, target, sample)
@@ -365,8 +471,8 @@ def elastic(self, s=None, m=None, sigma=0.05, kind="arc", sample=1.0):
 def one_against_rest(logits, y, gap, alpha, beta):
     """mean_i alpha softplus(gap - l_iy) + beta sum_{j != y} softplus(l_ij): C yes-or-no questions instead of
     one choice among C. softplus, not log(1 + exp), which overflows."""
-    mine = own(logits, y)
-    rest = F.softplus(logits).sum(1, keepdim=True) - F.softplus(mine)
+    mine, rest = own(logits, y), F.softplus(logits).sum(1, keepdim=True)
+    rest = (Total.apply(rest) if isinstance(y, Held) else rest) - F.softplus(mine)
     return (alpha * F.softplus(gap - mine) + beta * rest).mean()
 
 
@@ -386,9 +492,9 @@ def sphereface2(self, r=40.0, m=0.4, t=3, alpha=0.7, lw=50.0):
         h = cosines_of(x).add_(q)
         slope = h.detach().pow(t - 1).mul_(t)       # h slope, less its part 1 - 1/t, is h^t
         h.mul_(slope)
-        return h.sub_(h.detach(), alpha=1 - 1 / t).add_(self.b - r + margin)
+        return h.sub_(h.detach(), alpha=1 - 1 / t).add_(self.enter(self.b) - r + margin)
     self.logits = logits
-    return lambda x, y: lw / r * one_against_rest(logits(x, r * m), y, 2 * r * m, alpha, 1 - alpha)
+    return lambda x, y: lw / r * one_against_rest(logits(x, r * m), self.label(y), 2 * r * m, alpha, 1 - alpha)
 
 
 def uniface(self, s=None, m=0.4, lam=1.0, sample=1.0):
@@ -400,7 +506,7 @@ def uniface(self, s=None, m=0.4, lam=1.0, sample=1.0):
 
     def formula(x, y):
         logits, y = logits_of(x, y)
-        return one_against_rest(logits.sub_(self.b), y, s * m, 1.0, lam)
+        return one_against_rest(logits.sub_(self.enter(self.b)), y, s * m, 1.0, lam)
     return formula
 
 
@@ -415,8 +521,8 @@ def circle_class(self, gamma=256.0, m=0.25, sample=1.0):
         c, y = logits_of(x, y)
         t = own(c, y)
         target = (root * (1 + m) - t.detach()).relu() * (t - root * (1 - m))
-        weights = (c.detach() + root * m).relu_().scatter_(1, y[:, None], 0)
-        return F.cross_entropy(c.sub_(root * m).mul_(weights).scatter_add_(1, y[:, None], target), y)
+        weights = put((c.detach() + root * m).relu_(), y, 0)
+        return cross_entropy(add(c.sub_(root * m).mul_(weights), y, target), y)
     return formula
 
 
@@ -502,10 +608,9 @@ def marginal(self, theta=1.2, xi=0.3):
 
 def triplets(q, y, mining, cost, nonzero=False):
     """Mean cost(q_an - q_ap) over triplets of anchor, positive, negative; q (B, B) is higher for closer pairs.
-    all: every triplet (those of nonzero cost if so wished). hard: the farthest positive and the closest
-    negative of each anchor. semihard: for each genuine pair the closest negative that is farther than the
-    positive, or, if there is none, the farthest negative of all. all and semihard take memory for B^3
-    numbers."""
+    all: every triplet (those of nonzero cost if so wished). hard: the farthest positive and the closest negative of
+    each anchor. semihard: for each genuine pair the closest negative that is farther than the positive, or, if there
+    is none, the farthest negative of all. all and semihard take memory for B^3 numbers."""
     same, other = same_and_other(y)
     if mining == "hard":
         near = q.masked_fill(~other, -1e4).amax(1)
@@ -523,9 +628,8 @@ def triplets(q, y, mining, cost, nonzero=False):
 
 def triplet(self, m=0.2, mining="semihard"):
     """Triplet: [d_ap^2 - d_an^2 + m]+ on unit embeddings, mining=all/hard/semihard.
-    Schroff et al. 2015, 1503.03832.
-    hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard or from a softmax model.
-    all averages the non-zero triplets, so its loss hovers near m even while it learns."""
+    Schroff et al. 2015, 1503.03832. hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard
+    or from a softmax model. all averages the non-zero triplets, so its loss hovers near m even while it learns."""
     return lambda x, y: triplets(2 * cosines(x) - 2, y, mining, lambda gap: (gap + m).relu(), nonzero=True)
 
 
@@ -554,8 +658,7 @@ def tse(self, m=0.1, k=0, mining="all"):
 
 def tpe(self, k=0, mining="all"):
     """Triplet probabilistic embedding: -log e^{a.p} / (e^{a.p} + e^{a.n}) of W x^.
-    The same authors, 2016, 1604.05417.
-    = softplus(a.n - a.p), tse with a soft hinge. For frozen features, as tse."""
+    The same authors, 2016, 1604.05417. = softplus(a.n - a.p), tse with a soft hinge. For frozen features, as tse."""
     return projected_triplets(self, k, F.softplus, mining)
 
 
@@ -584,10 +687,9 @@ def supcon(self, tau=0.1):
 
 def circle(self, gamma=80.0, m=0.4):
     """Circle loss on pairs: softplus(LSE_n gamma [s_n+m]+ (s_n-m) + LSE_p -gamma [1+m-s_p]+ (s_p-(1-m))).
-    LSE_n and LSE_p are the log-sum-exp of an anchor's pairs with others and with itself.
-    Sun et al. 2020, 2002.10857. (The course write-up prints the positive term without the minus before gamma;
-    that would push genuine pairs apart.) The weights [.]+ carry no gradient. gamma=256, m=0.25 for large
-    batches."""
+    LSE_n and LSE_p are the log-sum-exp of an anchor's pairs with others and with itself. Sun et al. 2020, 2002.10857.
+    (The course write-up prints the positive term without the minus before gamma; that would push genuine pairs
+    apart.) The weights [.]+ carry no gradient. gamma=256, m=0.25 for large batches."""
     def formula(x, y):
         s, (same, other) = cosines(x), same_and_other(y)
         negative = lse_where(gamma * (s.detach() + m).relu() * (s - m), other)
@@ -610,9 +712,8 @@ def multisim(self, alpha=2.0, beta=50.0, base=0.5):
 
 def siamese(self):
     """DeepFace's siamese metric: p(same) = sigmoid(b - sum_k w_k |x^1_k - x^2_k|), w >= 0 learned.
-    Taigman et al. 2014, CVPR.
-    Logistic loss over the batch's pairs, genuine and impostor averaged apart. verify.py --metric learned uses
-    it."""
+    Taigman et al. 2014, CVPR. Logistic loss over the batch's pairs, genuine and impostor averaged apart. verify.py
+    --metric learned uses it."""
     self.axes, self.b = nn.Parameter(torch.zeros(self.dim)), nn.Parameter(torch.tensor(math.sqrt(self.dim)))
 
     def weighted(x):
@@ -705,9 +806,8 @@ def ring(self, lam=1.0):
 
 def uniform(self, alpha=0.5):
     """UniformFace: mean over pairs of classes of 1 / (1 + ||c_a - c_b||), centres on the sphere.
-    Duan et al. 2019, CVPR.
-    Spreads people evenly. Over the batch's classes only, as C^2 pairs are too many; added to any class-weight
-    loss."""
+    Duan et al. 2019, CVPR. Spreads people evenly. Over the batch's classes only, as C^2 pairs are too many; added to
+    any class-weight loss."""
     move = centres(self, alpha)
     return lambda x, y: mean_where(1 / (1 + distances(move(unit(x), y))), y[:, None] != y)
 
@@ -716,8 +816,13 @@ def regular(self):
     """RegularFace: mean over classes of the cosine to the nearest other class weight (Zhao et al. 2019, CVPR).
     Acts on the partner's class weights; over the batch's classes, so (B, C), never (C, C). "ce+regular"."""
     def formula(x, y):
-        w = self.partner.weight[:self.classes]                          # of subcenter's the first of each class
-        return Cosines.apply(unit(w[y]), w).scatter_(1, y[:, None], -2).max(1)[0].mean()
+        w, y = self.partner.weight[:self.held], self.label(y)           # of subcenter's the first of each class
+        near = Cosines.apply(self.enter(unit(rows(w, y))), w)
+        near = add(near, y, torch.full_like(near[:, :1], -4)).max(1)[0]
+        if self.divided:                                                # the nearest of all processes'
+            nearest = near == greatest(near)
+            near = Total.apply(near.where(nearest, 0)) / Total.apply(nearest.to(near.dtype))
+        return near.mean()
     return formula
 
 
@@ -742,6 +847,11 @@ POSITIVE = {"s", "tau", "gamma", "k", "r", "t", "power", "low", "high", "sample"
 AT_MOST_1 = {"sample", "smooth", "momentum"}
 
 
+def edges(classes, processes):
+    """Where each process's classes begin; the last number is the end."""
+    return [classes * r // processes for r in range(processes + 1)]
+
+
 def defaults_of(formula):
     return {k: p.default for k, p in list(inspect.signature(formula).parameters.items())[1:]}
 
@@ -760,12 +870,22 @@ class Term(nn.Module):
     formula would still use this one's state; make a second and load_state_dict."""
     logits = score = project = expected = partner = None
 
-    def __init__(self, formula, dim, classes, **arguments):
+    def __init__(self, formula, dim, classes, share=(0, 1), **arguments):
         super().__init__()
         self.dim, self.classes, self.balanced = dim, classes, formula in BALANCED
+        self.first, end = edges(classes, share[1])[share[0]:][:2]
+        self.held, self.divided = end - self.first, share[1] > 1
         self.register_parameter("weight", None)
         free = {k: automatic(classes)[k] for k, default in defaults_of(formula).items() if default is None}
         self.formula = formula(self, **{**free, **arguments})
+
+    def enter(self, x):
+        return Enter.apply(x) if self.divided else x
+
+    def label(self, y):
+        """y (B,), or, where the classes are divided, Held."""
+        column = (y - self.first).clamp(0, self.held - 1)
+        return Held(column, (y - self.first == column)[:, None]) if self.divided else y
 
     def forward(self, x, y):
         return self.formula(x, y)
@@ -777,7 +897,8 @@ LOSSES = {name: functools.partial(Term, formula) for name, formula in FORMULAS.i
 class Loss(nn.Module):
     """A weighted sum of terms: (embeddings (B, D), labels (B,)) -> scalar.
     spec: the expression, aliases expanded. balanced: a term wants several images a person in the batch.
-    weight (C, D) and logits(x) -> (B, C), margin-free: those of the first term with class weights, or None.
+    weight (C, D) and logits(x) -> (B, C), margin-free: those of the first term with class weights, or None; where
+    classes are divided, of the classes held here. top(x, k) -> (B, k): the numbers of the k best of all classes.
     project(x): the embedding to use at inference. score(a, b): a learned similarity, or None.
     expected(): the sum at random initialisation, None where no closed form is known."""
 
@@ -810,6 +931,18 @@ class Loss(nn.Module):
             raise ValueError(f"{self.spec} has no class weights, so no logits; use the nearest centroid")
         with torch.autocast(x.device.type, enabled=False):
             return self.head[0].logits(self.wide(x))
+
+    def top(self, x, k):
+        best, number = self.logits(x).topk(min(k, self.head[0].held), 1)
+        if self.head[0].divided:
+            pad = (0, k - best.shape[1])
+            mine = F.pad(best, pad, value=-math.inf), F.pad(number + self.head[0].first, pad)
+            every = [[torch.empty_like(t) for _ in range(dist.get_world_size())] for t in mine]
+            for out, t in zip(every, mine):
+                dist.all_gather(out, t)
+            best, number = (torch.cat(v, 1) for v in every)
+            number = number.gather(1, best.topk(k, 1)[1])
+        return number
 
     def expected(self):
         each = [t.expected for t in self.terms]
@@ -844,7 +977,7 @@ def value_of(key, text, default):
     return value
 
 
-def term_of(part, dim, classes):
+def term_of(part, dim, classes, share=(0, 1)):
     """(weight, Term, its text) of one part of an expression: [weight '*'] name [':' key=value (','
     key=value)*]."""
     match = re.fullmatch(r"(?:([0-9.eE+-]+)\*)?([A-Za-z]\w*)(?::(.*))?", part)
@@ -868,7 +1001,7 @@ def term_of(part, dim, classes):
         given[key] = value_of(key, text, defaults[key])
     try:
         factor = float(scale)
-        term = LOSSES[name](dim, classes, **given)
+        term = LOSSES[name](dim, classes, share, **given)
     except (ValueError, ArithmeticError):
         raise ValueError(f"{part}: no loss can be made of these numbers") from None
     if not 0 <= factor < math.inf:
@@ -878,12 +1011,13 @@ def term_of(part, dim, classes):
         filter(None, [name, ",".join(f"{k}={v}" for k, v in given.items())]))
 
 
-def make(spec, dim, classes):
-    """The loss module of an expression: term ('+' term)*, or a recipe's name among them.
+def make(spec, dim, classes, share=(0, 1)):
+    """The loss module of an expression: term ('+' term)*, or a recipe's name among them. share: (process,
+    processes) that class weights are divided among, by default undivided.
     ValueError in one line, with the nearest right name, for an expression that cannot be read."""
     plus = re.compile(r"(?<![0-9.][eE])\+")                             # not the plus of 1e+3
     parts = [p for s in plus.split("".join(spec.split())) for p in plus.split(ALIASES.get(s.lower(), s))]
-    terms = [term_of(part, dim, classes) for part in parts]
+    terms = [term_of(part, dim, classes, share) for part in parts]
     return Loss("+".join(text for *_, text in terms), [(factor, term) for factor, term, _ in terms])
 
 

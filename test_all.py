@@ -19,8 +19,10 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -634,6 +636,143 @@ def test_verify_closed_set_and_submission(tmp):
     raises("2 rows, but there are 3", verify.write_submission, tmp / "s.csv", np.zeros(3), tmp)
     raises("not finite", verify.write_submission, tmp / "t.csv", np.array([0, math.nan]), tmp)
     assert not (tmp / "t.csv").exists()
+
+
+# ---- Several processes --------------------------------------------------------------------------------------
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def processes(n, task, folder):
+    """The results of task(rank) in n processes, forked from this one, that torch.distributed will find."""
+    if not hasattr(os, "fork"):
+        raise Skip("no fork() on this system")
+    pids, folder, port = [], Path(tempfile.mkdtemp(dir=folder)), free_port()
+    for rank in range(n):
+        if not (pid := os.fork()):
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                                   MASTER_PORT=str(port))
+                torch.save(task(rank), folder / str(rank))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert not any(codes), codes
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(n)]
+
+
+def steps(cwd, n, *flags, stop=0):
+    """The losses of each step of train.main on the small set in n processes, which all must have the same, and up to a
+    SIGTERM to the last of them in one step. The network
+    is a layer or two: rounding grows tenfold a step in a deep one with batch norm, in one process as well."""
+    def net(arch, dim, size):
+        return models.FaceNet([nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU()],
+                              [nn.Flatten(), nn.Linear(8 * 49, dim), nn.BatchNorm1d(dim)])
+
+    def task(rank):
+        seen, real = [], losses.Loss.forward
+
+        def forward(*args):
+            value = real(*args)
+            seen.append(value.item())
+            if len(seen) == stop and rank == n - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return value
+        with mock.patch.object(losses.Loss, "forward", forward), mock.patch.multiple(data, plot=lambda *a: 0), \
+                mock.patch.object(models, "make", net):
+            tiny(cwd, "--batch-size", 15, "--per-person", 3, *flags, code=130 * (stop > 0))
+        return seen
+
+    faces()
+    every = processes(n, task, cwd)
+    assert all(seen == every[0] for seen in every)
+    return every[0]
+
+
+def test_distributed_training_equals_one_process(tmp):
+    """Twenty steps in 1, 2 and 4 processes, of unequal parts of the batch and of the classes, and handed over from four
+    to one to two of them."""
+    flags = ("--loss", "curricular:sample=0.8+0.1*triplet+0.003*center", "--ema", ".9", "--epochs", 5, "--opt", "sgd",
+             "--lr", 5e-3, "--out")
+    runs = {n: steps(tmp, n, *flags, n, *["--shard"] * (n > 1)) for n in (1, 2, 4)}
+    runs["chain"] = (steps(tmp, 4, *flags, "chain", "--shard", stop=7)
+                     + steps(tmp, 1, *flags, "chain", "--resume", "--steps", 13)
+                     + steps(tmp, 2, *flags, "chain", "--resume", "--steps", 20, "--shard"))
+    assert len(runs[1]) == 20
+    for out, seen in runs.items():
+        close(seen, runs[1], 1e-5, out)
+        one, many = (verify.load(tmp / f"{k}/last.pt") for k in (1, out))
+        for kind in ("model", "loss", "ema"):
+            for (name, a), b in zip(one[kind].items(), many[kind].values()):
+                close(a, b, 1e-3, (out, name))
+        for row, other in zip(one["log"], many["log"]):
+            close(*([r[k] for k in ("loss", "eer", "auc", "acc")] for r in (row, other)), 1e-5, out)
+
+
+DIVIDED = ("ce", "ce:smooth=0.1", "modified", "l2softmax:learn=true", "normface", "coco", "vmf", "vmf:shared=true",
+           "adacos", "lsoftmax", "asoftmax", "sphereface", "am", "cosface", "arcface", "combined", "curricular",
+           "subcenter", "adaface", "magface", "elastic", "sphereface2", "uniface", "circle_class", "groupface", "ce+regular",
+           "subcenter+regular+0.1*triplet+0.01*center+uniform")
+
+
+def test_distributed_heads_equal_the_undivided(tmp):
+    """Each loss with class weights, 13 classes over two processes: loss, gradients, buffers, logits after two steps."""
+    assert {n for n in losses.LOSSES if loss_of(with_partner(n)).weight is not None} - set(SHAPES) <= {
+        re.split("[:+]", s)[-1] if s == "ce+regular" else re.split("[:+]", s)[0] for s in DIVIDED}
+    specs = [*DIVIDED, *(f"{n}:sample=0.6" for n in SAMPLED)]
+
+    def task(rank):
+        torch.distributed.init_process_group("gloo")
+        norm, same_norm = nn.BatchNorm2d(5).double(), nn.BatchNorm2d(5).double()
+        x, weights = (torch.randn(7, 5, 3, 3, generator=torch.Generator().manual_seed(i)).double() + 3 for i in (0, 1))
+        z, part = x.clone().requires_grad_(), slice(*[(0, 4), (4, 7)][rank])
+        (norm(z) * weights).sum().backward()
+        mine = x[part].clone().requires_grad_()
+        value = train.synchronised(same_norm, mine)
+        (value * weights[part]).sum().backward()
+        close(value, F.batch_norm(x, None, None, training=True)[part], 1e-9)
+        close(mine.grad, z.grad[part], 1e-9)
+        for name, value in norm.state_dict().items():
+            close(same_norm.state_dict()[name], value)
+        for spec in specs:
+            torch.manual_seed(0)
+            x, y = torch.randn(10, 8).double() * 2, torch.tensor([0, 5, 5, 6, 7, 12, 12, 3, 1, 6])
+            seen = []
+            for share in (0, 1), (rank, 2):
+                torch.manual_seed(1)
+                head, z = losses.make(spec, 8, 13, share).double(), x.clone().requires_grad_()
+                with Arrays((10, 13)) as arrays:
+                    for step in range(2):
+                        torch.manual_seed(step)
+                        value = head(z, y)
+                        value.backward()
+                assert (arrays.most > 0) == (share[1] == 1 and "sample" not in spec), spec      # divided: no (B, C)
+                best = head.eval().top(x, 5)
+                params = {n: (getattr(p, "per_class", 0), p.detach(), p.grad) for n, p in head.named_parameters()}
+                seen.append((value, z.grad, params, dict(head.named_buffers()), best))
+            (v, g, params, buffers, top), (v2, g2, params2, buffers2, top2) = seen
+            close(v2, v, 1e-9, spec), close(g2, g, 1e-9, spec)
+            assert torch.equal(top, top2), spec
+            for n in buffers:
+                close(buffers2[n], buffers[n], 1e-9, (spec, n))
+            for n, (k, *have) in params2.items():
+                for mine, all_ in zip(have, params[n][1:]):
+                    if k:
+                        all_ = all_.unflatten(0, (k, -1))[:, [0, 6][rank]:[6, 13][rank]].flatten(0, 1)
+                    close(mine, all_, 1e-9, (spec, n))
+            assert any(k for k, *_ in params2.values()), spec
+        return True
+
+    assert processes(2, task, tmp) == [True] * 2
 
 
 # ---- models.py -----------------------------------------------------------------------------------------------
@@ -1307,6 +1446,69 @@ def slow_kills(tmp):
                 for out in (whole, parts)]
         assert rows[0] == rows[1] and len(rows[0]) == 20 and not list(parts.glob("*.tmp")), name
         print(f"    {name}: {kills} kills, {writing} of them within a write, the last by step {at} of 60", flush=True)
+
+
+def slow_distributed_torchrun(tmp):
+    """torchrun itself: process 1 is killed in step 6, torchrun starts all again and they go on from the last save; then
+    process 1 fails in step 10, and all end within seconds with its message."""
+    (tmp / "crash.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import data, train
+real, calls = data.augment, []
+def augment(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 6:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), 9)
+        raise ValueError("the fan is broken")
+    return real(*args)
+data.augment = augment
+data.cli(train.main)
+""")
+    since = time.monotonic()
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1",
+                        "--master_port", str(free_port()), "crash.py", "--data", faces(), "--arch", "swiftface", "--dim",
+                        "16", "--batch-size", "15", "--amp", "off", "--out", "o", "--loss", "cosface", "--shard"],
+                       cwd=tmp, capture_output=True, text=True, timeout=300)
+    print(f"    {time.monotonic() - since:.0f} s, exit code {p.returncode}")
+    assert p.returncode and "error: the fan is broken" in p.stderr and "process 0 ends, for another did" in p.stderr, p.stderr
+    assert verify.load(tmp / "o/last.pt")["step"] == 8, p.stdout
+
+
+def slow_distributed_classes(tmp):
+    """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the resident
+    memory, bytes sent (an all-reduce of n bytes sends 2 (N - 1) / N n each), median seconds of five."""
+    import resource
+    for classes, n, shard in itertools.product((10_000, 100_000, 1_000_000), (1, 2), (False, True)):
+        if shard == (n == 1) and n == 1 or classes == 1_000_000 and n == 2 and not shard:
+            continue                                        # two whole copies of a million are 20 GB
+
+        def task(rank):
+            before, sent, spent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [0], []
+            if n > 1:
+                torch.distributed.init_process_group("gloo")
+            real = torch.distributed.all_reduce
+
+            def all_reduce(t, *args):
+                sent[0] += t.numel() * t.element_size() * 2 * (n - 1) // n
+                return real(t, *args)
+            head = losses.make("arcface", 512, classes, (rank, n) if shard else (0, 1))
+            opt = torch.optim.AdamW(head.parameters(), fused=True)
+            torch.manual_seed(0)
+            x, y, b = torch.randn(128, 512), torch.randint(0, classes, (128,)), 128 // n
+            with mock.patch.object(torch.distributed, "all_reduce", all_reduce):
+                for _ in range(6):
+                    since, sent[0] = time.perf_counter(), 0
+                    z = x[rank * b:rank * b + b].clone().requires_grad_()
+                    loss = head(train.together(z, rank * b, 128) if n > 1 else z, y)
+                    opt.zero_grad()
+                    loss.backward()
+                    opt.step()
+                    spent.append(time.perf_counter() - since)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent[0], float(np.median(spent[1:])), loss.item()
+        memory, sent, seconds, loss = processes(n, task, tmp)[0]
+        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory / 2 ** 10:7.0f} MiB, {sent / 1e3:6.0f} kB,"
+              f" {seconds * 1e3:6.0f} ms, loss {loss:.4f}", flush=True)
 
 
 def slow_losses_cost():

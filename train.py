@@ -5,15 +5,21 @@
     python train.py --data HW2p2_S25 --init best.pt --loss arcface --lr 1e-4     # fine-tune under another loss
     python train.py --resume --out runs/arcface_resnet34        # go on after an interruption
     python train.py --loss help; python train.py --arch help    # what there is
+    torchrun --nproc_per_node 8 train.py --loss arcface --shard         # eight processes do what one does
 
 Writes OUT/best.pt (lowest validation EER), OUT/last.pt, OUT/log.csv, OUT/curves.png and links best.pt here.
 
 Everything random is a function of (seed, epoch) or (seed, step): the order of the images, their augmentation,
 dropout, margins that are drawn. Nothing random is stored, and a resumed run equals an uninterrupted one.
+
+Under torchrun each process takes its rows of the batch through the backbone (DistributedDataParallel, batch norm
+over all of them); the embeddings of all are put together with gradient, and every process computes the loss of the
+whole batch, as one process would. Process 0 alone prints and writes.
 """
 import argparse
 import copy
 import csv
+import functools
 import io
 import math
 import os
@@ -21,17 +27,21 @@ import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 import data
 import losses
 import models
 import verify
 
-FREE = {"epochs", "steps", "out", "resume", "save_every", "data", "device"}     # may differ when resuming
+FREE = {"epochs", "steps", "out", "resume", "save_every", "data", "device", "shard"}     # may differ when resuming
+RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # how often torchrun --max-restarts began anew
 COLUMNS = dict(epoch="{:.0f}", step="{:.0f}", loss="{:.3f}", lr="{:.2e}", acc="{:.2%}", eer="{:.2%}", auc="{:.2%}",
                pair_acc="{:.2%}", img_per_s="{:.0f}", seconds="{:.0f}")
 
@@ -58,6 +68,8 @@ def arguments():
     g.add_argument("--dim", type=number(int, 1, 65536), default=512, help="length of the embedding [512]")
     g.add_argument("--loss", default="arcface", help="a loss or a weighted sum such as 'ce+0.003*center' or"
                    " 'arcface:s=30,m=0.3'; 'help' lists them [arcface]")
+    g.add_argument("--shard", action="store_true", help="divide the loss's class weights among torchrun's processes,"
+                   " for very many people")
     g.add_argument("--init", metavar="CKPT", help="start from the backbone of this checkpoint, whoever its"
                    " people were")
     g.add_argument("--freeze", action="store_true", help="with --init: train only the loss's weights and layers that"
@@ -94,9 +106,10 @@ def arguments():
                    " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
     g.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     args = parser.parse_args()
-    if args.resume:                                         # the run's own arguments, unless the user insists
+    if args.resume or RESTARTS != "0" and args.out and Path(args.out, "last.pt").exists():
+        # The run's own arguments, unless the user insists.
         args.out = args.out or str(folder_of(args, -1))
-        held = Path(args.out).is_dir() and data.lock(args.out)
+        held = os.environ.get("RANK", "0") == "0" and Path(args.out).is_dir() and data.lock(args.out)
         ckpt = verify.load(Path(args.out) / "last.pt")
         parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device")})
         out, args = args.out, parser.parse_args()
@@ -157,6 +170,8 @@ def claim(args):
 
 
 def save(path, ckpt):
+    if dist.is_initialized() and dist.get_rank():
+        return
     buffer = io.BytesIO()
     torch.save(ckpt, buffer)
     data.write(path, buffer.getbuffer())
@@ -190,6 +205,11 @@ def order(labels, rows, batch, seed, epoch, per_person=0):
     return np.resize(rows, (steps, min(batch, len(rows))))
 
 
+def dice(*key):
+    """Seed torch with a hash of the key, for a CPU's generator looks at 32 bits of its seed only."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
 def rate(step, total, warmup):
     """Share of the peak learning rate at a step: linear warm-up, then half a cosine to zero."""
     rise = max(1, round(warmup * total))
@@ -210,6 +230,63 @@ def start_from(net, path, arch, freeze):
         p.requires_grad_(not freeze or k not in fits)
 
 
+def agreed(*flags):
+    """The largest of each process's flags (integers): what one has noticed, all act on at the same step."""
+    if dist.is_initialized():
+        dist.all_reduce(flags := torch.tensor([0, *flags]), dist.ReduceOp.MAX)      # on the CPU: no wait for a GPU
+        return flags[1:].tolist()
+    return flags
+
+
+def synchronised(norm, x):
+    """A batch norm's forward with the statistics of all processes; torch.nn.SyncBatchNorm is for GPUs only."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    def total(v):
+        return losses.Enter.apply(losses.Total.apply(v))                # a sum over processes in both directions
+
+    dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+    x = x if x.dtype == torch.float64 else x.float()
+    mean, n = total(torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])).split([x.shape[1], 1])
+    mean = mean / n
+    x = x - mean.view(shape)
+    var = total(x.square().sum(dims)) / n
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * n / (n - 1), norm.momentum)
+    return x * (norm.weight * (var + norm.eps).rsqrt()).view(shape) + norm.bias.view(shape)
+
+
+def together(z, first, total):
+    """(total, D) embeddings of all processes, from the rows z that begin at first; gradients flow back to each."""
+    if z.requires_grad:
+        z.register_hook(lambda grad: grad * dist.get_world_size())      # DistributedDataParallel takes the mean
+    return losses.Total.apply(F.pad(z.float(), (0, 0, first, total - first - len(z))))
+
+
+def whole(t, k, classes):
+    """On process 0, the rows (k C, ...) of a tensor of which each process has its classes'; see losses.per_class."""
+    t = t.detach().cpu().unflatten(0, (k, -1)).contiguous()
+    if dist.get_rank():
+        dist.send(t, 0)
+        return t
+    ends, parts = losses.edges(classes, dist.get_world_size()), [t]
+    for r in range(1, dist.get_world_size()):
+        parts.append(t.new_empty(k, ends[r + 1] - ends[r], *t.shape[2:]))
+        dist.recv(parts[-1], r)
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def clip(params, most):
+    """Scale the gradients to a norm of at most most. Divided parameters count with what all processes have."""
+    ours, divided = ([p.grad for p in params if p.grad is not None and hasattr(p, "per_class") == d] for d in (0, 1))
+    norm = torch.nn.utils.get_total_norm(ours)
+    if divided:
+        norm = norm.hypot(losses.Total.apply(torch.nn.utils.get_total_norm(divided).square()).sqrt())
+    torch.nn.utils.clip_grads_with_norm_(params, most, norm)
+
+
 def curves(log):
     """The panels of curves.png: loss, and accuracy and EER in percent, over epochs."""
     x = [r["epoch"] for r in log]
@@ -221,12 +298,27 @@ def curves(log):
 def main():
     if (topic := {"--loss": losses, "--arch": models}.get(sys.argv[-2:][0])) and sys.argv[-1] == "help":
         return print(topic.table())
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
     args, ckpt, held = arguments()
     device = torch.device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", local))
+        # A dead peer closes its connections at once, so the time limit may be long: somebody decodes the images.
+        store = dist.PrefixStore(RESTARTS, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(days=1))
+        sys.excepthook = lambda kind, e, trace: (
+            print(f"process {rank} ends, for another did", file=sys.stderr) if kind is RuntimeError and "gloo" in str(e)
+            else sys.__excepthook__(kind, e, trace))
+    turn = 0 if rank == 0 else 1 if local == 0 else 2       # data are prepared once, or once a node, found by the rest
     torch.set_float32_matmul_precision("high")              # TF32 for what autocast leaves in float32
     torch.backends.cudnn.benchmark = True
 
     # Faces: found, decoded once, memory-mapped.
+    [agreed() for _ in range(turn)]
     if args.data == "data" and not Path("data").exists():
         print("no data/ folder and no --data: rendering synthetic faces into data/ and training on those")
         data.synthesise("data")
@@ -241,12 +333,22 @@ def main():
         sets["dev"] = packed, faces.dev[1], good
     if faces.val_pairs:
         sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, args.size, cache, "val_pairs")
+    [agreed() for _ in range(2 - turn)]
     y_all = torch.from_numpy(labels).to(device)
 
     # Network, loss, optimizer.
     torch.manual_seed(args.seed)
     net = models.make(args.arch, args.dim, args.size).to(device, memory_format=torch.channels_last)
-    criterion = losses.make(args.loss, args.dim, classes).to(device)
+    share = (rank, world) if args.shard else (0, 1)
+    if classes < share[1]:
+        raise ValueError(f"--shard: {classes} people cannot be divided among {world} processes; leave it out")
+    criterion = losses.make(args.loss, args.dim, classes, share).to(device)
+    if world > 1 and device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    elif world > 1:
+        for module in net.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.forward = functools.partial(synchronised, module)
     if args.freeze and not args.init:
         raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
     if args.init and not ckpt:
@@ -266,8 +368,26 @@ def main():
     per_person = min(args.per_person, len(rows)) if criterion.balanced else 0
     per_epoch = len(order(labels, rows, args.batch_size, args.seed, 0, per_person))
     total_steps = args.epochs * per_epoch
+    batch = min(args.batch_size, len(rows))
+    if batch < world:
+        raise ValueError(f"a batch of {batch} images cannot be divided among {world} processes; use fewer")
+    part = slice(batch * rank // world, batch * (rank + 1) // world)        # of the batch, through our backbone
     last_step = min(total_steps, args.steps or total_steps)
     strength = {name: getattr(args, name) for name in data.AUGMENT}
+
+    # What --shard divides is saved as a whole: any number of processes goes on with it.
+    per_class = {name: getattr(p, "per_class", 0) for name, p in criterion.named_parameters()}
+    in_opt = [getattr(p, "per_class", 0) for g in opt.param_groups for p in g["params"]]
+
+    def regroup(f, loss, state):
+        """f(tensor, k) in place of each divided tensor of the loss's and the optimizer's state."""
+        return {n: f(v, per_class[n]) if per_class.get(n) else v for n, v in loss.items()}, state | {"state": {
+            i: {n: f(v, in_opt[i]) if in_opt[i] and torch.is_tensor(v) and v.ndim else v for n, v in s.items()}
+            for i, s in state["state"].items()}}
+
+    def ours(t, k):
+        first, end = losses.edges(classes, world)[rank:][:2]
+        return t.unflatten(0, (k, -1))[:, first:end].flatten(0, 1)
 
     # Where to begin: a folder of our own, or the last save of an earlier run.
     step, best, log, sums = 0, math.inf, [], torch.zeros(3, device=device)      # loss, steps, first bad step
@@ -277,17 +397,26 @@ def main():
             raise ValueError(f"{args.data} has changed since {out}/last.pt: {ckpt['images']} images of"
                              f" {len(ckpt['names'])} people then, {len(rows)} of {classes} now; start a new run")
         try:
-            for name, part in dict(model=net, loss=criterion, opt=opt, scaler=scaler, ema=average).items():
-                if part is not None:
-                    part.load_state_dict(ckpt[name])
+            loss_state, opt_state = regroup(ours, ckpt["loss"], ckpt["opt"])
+            for module, state in ((net, ckpt["model"]), (criterion, loss_state), (opt, opt_state),
+                                  (scaler, ckpt["scaler"]), (average, ckpt["ema"])):
+                if module is not None:
+                    module.load_state_dict(state)
             step, best, log, sums = ckpt["step"], ckpt["best"], ckpt["log"], ckpt["sums"].to(device)
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{out}/last.pt is not the last.pt of this version's run; start anew, perhaps with --init"
                              f" {out}/last.pt") from None
     else:
-        out, held = claim(args)
-        args.out = str(out)
-    run = torch.compile(net) if args.compile else net
+        folder, held = claim(args) if rank == 0 else ("", None)
+        if world > 1:
+            dist.broadcast_object_list(name := [str(folder)])
+            folder = name[0]
+        args.out, out = str(folder), Path(folder)
+    run = net
+    if world > 1 and any(p.requires_grad for p in net.parameters()):
+        run = torch.nn.parallel.DistributedDataParallel(net)
+        run.broadcast_buffers = False                       # they are alike, by synchronised batch norm
+    run = torch.compile(run) if args.compile else run
     n_net, n_loss = (sum(p.numel() for p in m.parameters()) for m in (net, criterion))
     print(f"{faces.root}: {len(rows)} images of {classes} people at {args.size}x{args.size}"
           + (f"; {faces.note}" if faces.note else ""))
@@ -301,19 +430,22 @@ def main():
 
     def checkpoint(**extra):
         """Everything that verify.py needs; with the optimizer's state and the log, everything that resuming needs."""
+        loss, state = regroup(functools.partial(whole, classes=classes), criterion.state_dict(),
+                              extra.get("opt", {"state": {}}))
         return {"face_checkpoint": verify.VERSION, "args": vars(args), "names": faces.names, "images": len(rows),
                 "model": net.state_dict(), "ema": average.state_dict() if average else None,
-                "loss": criterion.state_dict(), "step": step, "best": best, **extra}
+                "loss": loss, "step": step, "best": best, **extra} | ({"opt": state} if "opt" in extra else {})
 
     def save_last():
         save(out / "last.pt", checkpoint(opt=opt.state_dict(), scaler=scaler.state_dict(), log=log, sums=sums))
+        agreed()                                            # nobody leaves before process 0 has written it
 
     def check(sums):
         """The loss must be finite; asked only now and then, for on a GPU asking means waiting."""
-        whole = torch.stack([p.isfinite().all() for p in learned]).all()
-        if (bad := int(sums[2]) or int(~whole) * step):
-            raise ValueError(f"the loss or a weight was not finite at step {bad}: lower --lr (now {args.lr:g}), lengthen --warmup,"
-                             f" or try --amp off; {out}/last.pt is from before")
+        finite = torch.stack([p.isfinite().all() for p in learned]).all()
+        if (bad := int(sums[2]) or int(~finite) * step):
+            raise ValueError(f"the loss or a weight was not finite at step {bad}: lower --lr (now {args.lr:g}), lengthen"
+                             f" --warmup, or try --amp off; {out}/last.pt is from before")
 
     saved = time.monotonic()
     if not ckpt:
@@ -323,23 +455,30 @@ def main():
             break
         todo = order(labels, rows, args.batch_size, args.seed, epoch, per_person)
         todo = todo[step - epoch * per_epoch:last_step - epoch * per_epoch]
+        for t in (*criterion.parameters(), *criterion.buffers()) if world > 1 else ():
+            if not hasattr(t, "per_class"):                 # what all have alike, should rounding have parted it
+                dist.broadcast(t.detach(), 0)
         net.train()
         for module in net.modules():                        # frozen layers keep their batch statistics too
             if args.freeze and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         began, first = time.monotonic(), step
-        for index, x in data.batches(images, todo, device):
-            torch.manual_seed((args.seed << 32) + step)     # augmentation, dropout, drawn margins
+        for index, x in data.batches(images, todo, device, part):   # (B,) of all, images of ours
+            dice(args.seed, step, 0)                        # augmentation: the whole batch's, of which we take ours
+            x = data.augment(x, strength, None, (part.start, batch))
+            dice(args.seed, step, 1 + rank)                 # dropout
             for g in opt.param_groups:
                 g["lr"] = args.lr * rate(step, total_steps, args.warmup)
             with cast:
-                z = run(data.augment(x, strength))          # (B, dim)
+                z = run(x)                                  # (B, dim), in several processes our rows of it
+            z = together(z, part.start, batch) if world > 1 else z
+            dice(args.seed, step, 2 ** 31)                  # margins and classes that are drawn, alike in all
             loss = criterion(z, y_all[index])
             opt.zero_grad()
             scaler.scale(loss).backward()
             if args.clip:
                 scaler.unscale_(opt)
-                torch.nn.utils.clip_grad_norm_(learned, args.clip)
+                clip(learned, args.clip)
             scaler.step(opt)
             scaler.update()
             if average:                                     # quick at first, when the weights still travel far
@@ -355,11 +494,12 @@ def main():
                 print(f"first loss {float(loss.detach()):.2f}" + (
                     f", of random embeddings and weights {expected:.2f} is expected" if expected else ""))
             data.progress(f"epoch {epoch + 1}", (step - first) * len(index), todo.size, began)
-            if stop or time.monotonic() - saved > args.save_every:
+            end, due = agreed(len(stop), time.monotonic() - saved > args.save_every)
+            if end or due:
                 check(sums)
                 save_last()
                 saved = time.monotonic()
-            if stop:
+            if end:
                 print(f"\nstopped at step {step}; go on with: python train.py --resume --out {out}")
                 sys.exit(130)
         check(sums)
@@ -383,19 +523,23 @@ def main():
             val = {"labels": torch.from_numpy(sets["val_pairs"][1].labels),
                    "scores": torch.from_numpy(found["scores"])} if "scores" in found else None
             save(out / "best.pt", checkpoint(val=val))
-            if not link(out / "best.pt"):
+            if rank == 0 and not link(out / "best.pt"):
                 print(f"best.pt here is not a link of ours and stays as it is; the new one is {out}/best.pt")
-        rows_out = io.StringIO()
-        csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writeheader()
-        csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writerows([*log, row])
-        data.write(out / "log.csv", rows_out.getvalue().encode())
-        data.plot(out / "curves.png", curves([*log, row]))
+        if rank == 0:
+            rows_out = io.StringIO()
+            csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writeheader()
+            csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writerows([*log, row])
+            data.write(out / "log.csv", rows_out.getvalue().encode())
+            data.plot(out / "curves.png", curves([*log, row]))
         if not partial:
             log.append(row)
             sums.zero_()
             save_last()
             saved = time.monotonic()
     print(f"done: python verify.py --ckpt {out}/best.pt")
+    if world > 1:
+        agreed()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
@@ -79,17 +80,22 @@ def embed(model, images, project=None, mirror="mean", unit=True, batch_size=256,
     """uint8 images (N, S, S, 3), an array or data.Images -> unit embeddings (N, D) on the CPU, or the
     unnormalised ones with unit=False. rows selects images by number. mirror: mean of the embeddings of image and
     mirror image, their concat, or none. project is the loss's own last layer, where it has one.
-    ValueError if an embedding is not finite."""
+    ValueError if an embedding is not finite. Under torchrun each process embeds a part, and all receive all."""
     device = next(model.parameters()).device
     net = models.fold(model).to(memory_format=torch.channels_last)      # in eval mode, batch-norms folded away
     rows, since, out = np.arange(len(images)) if rows is None else np.asarray(rows), time.monotonic(), []
-    for _, x in data.batches(images, np.split(rows, range(batch_size, len(rows), batch_size)), device):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = slice(len(rows) * rank // world, len(rows) * (rank + 1) // world)
+    todo = rows[mine]
+    for _, x in data.batches(images, np.split(todo, range(batch_size, len(todo), batch_size)), device):
         x = data.normalise(x)
         z = [net(v) for v in ([x] if mirror == "none" else [x, x.flip(3)])]
         z = [project(v) for v in z] if project else z
         out.append((torch.cat(z, 1) if mirror == "concat" else sum(z) / len(z)).float().cpu())
-        data.progress("embedding", min(len(out) * batch_size, len(rows)), len(rows), since)
+        data.progress("embedding", min(len(out) * batch_size, len(todo)), len(todo), since)
     z = torch.cat(out)
+    if world > 1:
+        dist.all_reduce(z := F.pad(z, (0, 0, mine.start, len(rows) - mine.stop)))
     bad = torch.nonzero(~torch.isfinite(z).all(1))
     if len(bad):
         raise ValueError(f"image {int(rows[bad[0, 0]])} has an embedding that is not finite; the weights diverged:"
@@ -117,7 +123,7 @@ def closed_set(net, criterion, probe, train, classes):
     if criterion.weight is not None:
         z = embed(net, images, unit=False, rows=rows)
         device = criterion.weight.device
-        ranked = torch.cat([criterion.logits(b.to(device)).topk(min(5, classes), 1)[1].cpu() for b in z.split(1024)])
+        ranked = torch.cat([criterion.top(b.to(device), min(5, classes)).cpu() for b in z.split(1024)])
     else:
         t_images, t_labels, t_rows = train
         order = t_rows[np.argsort(t_labels[t_rows], kind="stable")]
