@@ -397,45 +397,47 @@ def normalise(x):
     return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-# strength of each augmentation and what it means; 0 switches it off
-AUGMENT = dict(mirror=(0.5, "probability of a mirror image"), rotate=(10, "largest rotation, degrees"),
-               shift=(0.05, "largest shift, share of the side"), zoom=(0.1, "largest zoom in or out, share"),
-               brightness=(0.2, "brightness factor within 1 -+ this"), contrast=(0.2, "contrast likewise"),
-               saturation=(0.2, "saturation likewise"), erase=(0.2, "probability of erasing a rectangle"))
+# strength of each augmentation and what it means; 0 switches it off. Mild, for tens of epochs: at ten epochs on 6,820
+# images, half and less of what is usual was worth several points of EER (README).
+AUGMENT = dict(mirror=(0.5, "probability of a mirror image"), rotate=(4, "largest rotation, degrees"),
+               shift=(0.02, "largest shift, share of the side"), zoom=(0.04, "largest zoom in or out, share"),
+               brightness=(0.08, "brightness factor within 1 -+ this"), contrast=(0.08, "contrast likewise"),
+               saturation=(0.08, "saturation likewise"), erase=(0.0, "probability of erasing a rectangle"))
 
 
-def augment(x, strength, size=None, part=None):
-    """uint8 (B, S, S, 3) -> float (B, 3, size, size) in -1..1, each image by its own dice (torch's generator).
+def augment(x, strength, part=None):
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in -1..1, each image by its own dice (torch's generator).
     part = (first, total): x are the rows from first on of a batch of total, with the dice that they have there.
-    One resampling does mirror, rotation, zoom, shift and size; one 3x3 matrix does the colours. Never upside down."""
-    b, s = len(x), SimpleNamespace(**strength)
-    first, total = part or (0, b)
-    u = torch.rand(total, 12, device=x.device)[first:first + b] * 2 - 1         # all the dice, in -1..1
-    x = x.permute(0, 3, 1, 2).float().contiguous()                              # (B, 3, S, S), 0..255
-    size = size or x.shape[-1]
+    One look-up of the nearest pixel does mirror, rotation, zoom and shift; one 3x3 matrix the colours. Never upside
+    down. Coordinates are integers, in 1/65536 pixel: a third of the time of grid_sample, and the EER was the same."""
+    (b, side, *_), s, (first, total) = x.shape, SimpleNamespace(**strength), part or (0, len(x))
+    u = torch.rand(total, 13, device=x.device)[first:first + b] * 2 - 1         # all the dice, in -1..1
     angle, scale = u[:, 0] * math.radians(s.rotate), torch.exp(u[:, 1] * math.log1p(s.zoom))
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     flip = torch.where(u[:, 2] < 2 * s.mirror - 1, -1.0, 1.0)
-    dx, dy = u[:, 3] * 2 * s.shift, u[:, 4] * 2 * s.shift                       # the side is 2 in grid units
-    theta = torch.stack([cos * flip, -sin, dx, sin * flip, cos, dy], 1).view(b, 2, 3)
-    if s.mirror or s.rotate or s.zoom or s.shift or size != x.shape[-1]:
-        x = F.grid_sample(x, F.affine_grid(theta, (b, 3, size, size), align_corners=False),
-                          padding_mode="border", align_corners=False)
+    at, x = torch.arange(side, device=x.device) - (side - 1) / 2, x.reshape(-1, 3)
+
+    def coordinate(across, down, shift):                                        # (B, S, S), which pixel to look up
+        lines = [(step[:, None] * at * 65536).int() for step in (across, down)]
+        middle = ((side / 2 + side * s.shift * shift) * 65536).int()
+        return (lines[0][:, None] + (lines[1] + middle[:, None])[:, :, None]).clamp_(0, (side << 16) - 1) >> 16
+
+    index = coordinate(cos * flip, -sin, u[:, 3]).add_(coordinate(sin * flip, cos, u[:, 4]), alpha=side)
+    index += torch.arange(0, b * side * side, side * side, dtype=torch.int32, device=x.device)[:, None, None]
+    x = x.index_select(0, index.view(-1)).view(b, -1, 3).float().transpose(1, 2)                # (B, 3, S S)
     # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y
     grey = x.new_tensor([0.299, 0.587, 0.114])
     bright, contrast, colour = (1 + u[:, 5:8] * u.new_tensor([s.brightness, s.contrast, s.saturation])).T
     matrix = (bright * contrast)[:, None, None] * (colour[:, None, None] * torch.eye(3, device=x.device)
                                                    + (1 - colour)[:, None, None] * grey)
-    offset = (1 - contrast) * bright * (x.mean((2, 3)) @ grey)
-    x = torch.baddbmm(offset.view(b, 1, 1) / 127.5 - 1, matrix / 127.5, x.view(b, 3, -1)).clamp_(-1, 1)
-    x = x.view(b, 3, size, size)
+    offset = (1 - contrast) * bright * (x.mean(2) @ grey)
+    x = torch.baddbmm(offset.view(b, 1, 1) / 127.5 - 1, matrix / 127.5, x).clamp_(-1, 1).view(b, 3, side, side)
     if s.erase:                                                                 # a grey box of 10..40 % a side
-        half, centre = 0.125 + 0.075 * u[:, 8:10], u[:, 10:12]                  # (B, 2), in sides and in -1..1
-        at = torch.linspace(-1, 1, size, device=x.device)
-        inside = (at - centre[..., None]).abs() < 2 * half[..., None]           # (B, 2, size)
-        chosen = torch.rand(total, device=x.device)[first:first + b] < s.erase
-        x.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None] & chosen[:, None, None])[:, None], 0)
-    return x.contiguous(memory_format=torch.channels_last)
+        half, centre = 0.25 + 0.15 * u[:, 8:10, None], u[:, 10:12, None]        # in half sides
+        chosen = (u[:, 12] < 2 * s.erase - 1)[:, None, None]
+        inside = ((at * 2 / side - centre).abs() < half * chosen).float()       # (B, 2, S)
+        x *= (1 - inside[:, 0, :, None] * inside[:, 1, None])[:, None]
+    return x
 
 
 # ---- Synthetic faces: for a machine without data ---------------------------------------------------------------

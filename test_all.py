@@ -329,12 +329,13 @@ def test_data_augment():
     none = dict.fromkeys(data.AUGMENT, 0)
     close(data.augment(x, none), data.normalise(x), 1e-6)
     close(data.augment(x, none | {"mirror": 1}), data.normalise(x).flip(3), 1e-4)
-    full = {k: v for k, (v, _) in data.AUGMENT.items()}
+    full = dict(mirror=.5, rotate=10, shift=.05, zoom=.1, brightness=.2, contrast=.2, saturation=.2, erase=.2)
+    assert full.keys() == data.AUGMENT.keys()
     torch.manual_seed(3)
     a = data.augment(x, full)
     torch.manual_seed(3)
     assert torch.equal(a, data.augment(x, full)) and not torch.equal(a, data.augment(x, full))
-    assert a.abs().max() <= 1 and data.augment(x, full, 20).shape == (64, 3, 20, 20)
+    assert a.abs().max() <= 1
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).view(1, 32, 1, 1).expand(200, 32, 32, 3)  # bright below
     up, down = (data.augment(ramp, full | {"erase": 0}) @ torch.full((32,), 1 / 32)).mean(1)[:, [4, 27]].T
     assert (down > up).all()                                                    # never upside down
@@ -345,6 +346,14 @@ def test_data_augment():
             ours = data.augment(x, none | {name: 0.5})
         theirs = step(x.permute(0, 3, 1, 2).float() / 255, 1 + 0.8 * 0.5) * 2 - 1
         close(ours, theirs, 3e-3, name)
+    with mock.patch.object(torch, "rand", lambda *s, **k: torch.full(s, 0.9)):
+        ours = data.augment(x, none | dict(rotate=20, shift=0.1, zoom=0.2))
+    turn, scale = math.radians(0.8 * 20), 1.2 ** 0.8
+    theta = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) * scale
+    theta = torch.cat([theta, torch.full((2, 1), 2 * 0.8 * 0.1)], 1).expand(64, 2, 3)
+    theirs = F.grid_sample(data.normalise(x), F.affine_grid(theta, (64, 3, 32, 32), align_corners=False), "nearest",
+                           "border", align_corners=False)
+    assert ((ours - theirs).abs() < 1e-5).double().mean() > 0.998
     erased = (data.augment(x, none | {"erase": 1}) == 0).all(1).flatten(1).double().mean(1)
     assert (erased > 0.005).all() and (erased < 0.17).all()
 

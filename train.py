@@ -465,7 +465,7 @@ def main():
         began, first = time.monotonic(), step
         for index, x in data.batches(images, todo, device, part):   # (B,) of all, images of ours
             dice(args.seed, step, 0)                        # augmentation: the whole batch's, of which we take ours
-            x = data.augment(x, strength, None, (part.start, batch))
+            x = data.augment(x, strength, (part.start, batch))
             dice(args.seed, step, 1 + rank)                 # dropout
             for g in opt.param_groups:
                 g["lr"] = args.lr * rate(step, total_steps, args.warmup)
