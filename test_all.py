@@ -782,6 +782,9 @@ def test_distributed_heads_equal_the_undivided(tmp):
         return True
 
     assert processes(2, task, tmp) == [True] * 2
+    whole, *parts = [(torch.manual_seed(0), losses.make("subcenter:k=2", 3, 100_001, share).weight.detach())[1]
+                     for share in ((0, 1), (0, 3), (1, 3), (2, 3))]              # drawn in several blocks
+    assert torch.equal(torch.cat([p.unflatten(0, (2, -1)) for p in parts], 1).flatten(0, 1), whole)
 
 
 # ---- models.py -----------------------------------------------------------------------------------------------
@@ -1488,6 +1491,7 @@ def slow_distributed_classes(tmp):
     """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the resident
     memory, bytes sent (an all-reduce of n bytes sends 2 (N - 1) / N n each), median seconds of five."""
     import resource
+    seen = {}
     for classes, n, shard in itertools.product((10_000, 100_000, 1_000_000), (1, 2), (False, True)):
         if shard == (n == 1) and n == 1 or classes == 1_000_000 and n == 2 and not shard:
             continue                                        # two whole copies of a million are 20 GB
@@ -1501,9 +1505,9 @@ def slow_distributed_classes(tmp):
             def all_reduce(t, *args):
                 sent[0] += t.numel() * t.element_size() * 2 * (n - 1) // n
                 return real(t, *args)
+            torch.manual_seed(0)
             head = losses.make("arcface", 512, classes, (rank, n) if shard else (0, 1))
             opt = torch.optim.AdamW(head.parameters(), fused=True)
-            torch.manual_seed(0)
             x, y, b = torch.randn(128, 512), torch.randint(0, classes, (128,)), 128 // n
             with mock.patch.object(torch.distributed, "all_reduce", all_reduce):
                 for _ in range(6):
@@ -1516,6 +1520,7 @@ def slow_distributed_classes(tmp):
                     spent.append(time.perf_counter() - since)
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent[0], float(np.median(spent[1:])), loss.item()
         memory, sent, seconds, loss = processes(n, task, tmp)[0]
+        close(loss, seen.setdefault(classes, loss), 1e-4, "the loss after six steps")
         print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory / 2 ** 10:7.0f} MiB, {sent / 1e3:6.0f} kB,"
               f" {seconds * 1e3:6.0f} ms, loss {loss:.4f}", flush=True)
 
