@@ -119,15 +119,19 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
         parts = [search(gallery, part, k, block, similarity) for part in torch.as_tensor(probes).split(1024)]
         return tuple(np.concatenate(part) for part in zip(*parts))
     k, probes = min(k, len(gallery)), torch.as_tensor(probes).float()
-    floor, block, since = None, -(-max(block, k) // 64) * 64, time.monotonic()
+    floor, block, since = None, min(-(-max(block, k) // 64) * 64, len(gallery)), time.monotonic()
+    read, room = torch.from_numpy(np.empty_like(gallery[:block])), torch.empty(len(probes) * block)     # used again
     for start in range(0, len(gallery), block):
-        g = torch.from_numpy(np.array(gallery[start:start + block])).float()         # a copy: the map stays unchanged
-        s = torch.stack([similarity(p, g) for p in probes]).float() if similarity else probes @ g.T    # (P, block)
+        n = min(block, len(gallery) - start)
+        read.numpy()[:n] = gallery[start:start + n]
+        g = read[:n].float()
+        s = torch.stack([similarity(p, g) for p in probes]).float() if similarity else torch.mm(
+            probes, g.T, out=room[:len(probes) * n].view(-1, n))                 # (P, n)
         if floor is None:
             who, where = torch.nonzero(s >= s.topk(k)[0][:, -1:], as_tuple=True)
             who, where, value = who.numpy(), where.numpy(), s[who, where].numpy()
         else:
-            s = F.pad(s, (0, -s.shape[1] % 64), value=-np.inf).view(len(s), 64, -1)
+            s = (F.pad(s, (0, -n % 64), value=-np.inf) if n % 64 else s).view(len(s), 64, -1)
             who, cell = torch.nonzero(s.amax(1) > floor, as_tuple=True)
             value = s[who, :, cell]                                              # (n, 64)
             i, j = torch.nonzero(value > floor[who], as_tuple=True)
@@ -347,9 +351,10 @@ def identify(net, criterion, ckpt, args):
         tiles = []
         for i in np.unique(np.linspace(0, len(probes) - 1, 8).astype(int)):
             tiles.append((data.decode(probes[i], 112), f"probe\n{truth[i] if truth else Path(probes[i]).stem}", None))
-            tiles += [(data.decode(files[first[j]], 112), f"{s:.3f}{'' if s >= threshold else ', no match'}\n{people[j]}",
-                       "#3a9d5d" if hit else "#d1495b" if truth and s >= threshold else None)
-                      for j, s, hit in zip(found[i], scores[i], hits[i])]
+            for j, s, hit in zip(found[i], scores[i], hits[i]):
+                caption = f"{s:.3f}{'' if s >= threshold else ', no match'}\n{people[j]}"
+                colour = "#3a9d5d" if hit else "#d1495b" if truth and s >= threshold else None
+                tiles.append((data.decode(files[first[j]], 112), caption, colour))
         data.sheet(plots(args) / "ranks.png", "Probes and the five nearest people of the gallery", [
             (f"threshold {threshold:.4f}" + "; green: that person, red: accepted, but somebody else" * bool(truth),
              1 + found.shape[1], tiles)])
