@@ -866,7 +866,6 @@ def test_verify_compares(tmp):
     flat = next(r for r in runs if r["run"] == "flat")
     weights = [p.numel() for m in verify.build(verify.load(tmp / "flat/best.pt")) for p in m.parameters()]
     assert flat["parameters"] == sum(weights) and flat["loss"] == "ce"
-    assert len(run(verify, "--compare", "flat", cwd=tmp)[1].splitlines()) == 3
     assert run(verify, "--ckpt", "flat/best.pt", "--plots", "p2", cwd=tmp)[0] == 0
     a = np.asarray(Image.open(tmp / "p2/embeddings.png")).astype(int)           # ten colours on the plane
     for colour in data.COLOURS_OF_LINES:

@@ -307,6 +307,8 @@ def identification(scores, hits, mated, fars=(1e-3, 1e-2, 1e-1)):
     and identification, the mated probes whose first match is right and above the threshold that a share far of the
     others exceeds (Phillips, Grother and Micheals 2011); NaN where fewer than 1/far others cannot tell."""
     others, first = int((~mated).sum()), hits[mated, 0]
+    if not mated.any():
+        return dict(mated=0, unmated=others)
     out = dict(rank1=first.mean(), rank5=hits[mated, :5].any(1).mean(), mated=int(mated.sum()), unmated=others)
     for f in fars:
         out["dir@far=" + f"{f:.0e}".replace("e-0", "e-")] = np.nan if f * others < 1 else np.mean(
@@ -414,7 +416,7 @@ def plane(net, criterion, train, people=10):
             ray = F.normalize(criterion.weight[c].detach().cpu(), dim=0).numpy() * np.linalg.norm(z, axis=1).max()
             series[f"_ray {c}"] = [0, ray[0]], [0, ray[1]], "line", c
         series[f"_{c}"] = *z[labels[rows] == c].T, "points", c
-    return criterion.spec, "", "", series, "equal"
+    return criterion.spec, "first number", "second number of the embedding", series, "equal"
 
 
 def compare(folders):
