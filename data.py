@@ -599,7 +599,7 @@ def ticks(low, high, most=6, log=False):
     """Round numbers, at most that many, that span low..high; log: of the powers of ten, or with 2 and 5 between."""
     if log:
         powers = np.arange(math.floor(low), math.ceil(high) + 1)
-        marks = np.add.outer(powers, np.log10([1, 2, 5] if high - low < 2 else [1])).ravel()
+        marks = np.add.outer(powers, np.log10([1, 2, 5] if high - low < 3 else [1])).ravel()
         return marks[(marks > low - 1e-9) & (marks < high + 1e-9)]
     raw = (high - low) / (most - 1) or 1.0
     unit = 10.0 ** math.floor(math.log10(raw))

@@ -837,7 +837,8 @@ def test_verify_protocols(tmp):
     _, text, _ = run(verify, "--ckpt", ckpt, *val.files[:2], cwd=tmp)           # images may follow --ckpt
     assert "of a hundred genuine validation pairs" in text
     for flags, fragment in ((("--far", 2), "--far 2"), (("--probes", "x"), "--gallery"),
-                            (("--metric", "learned"), "no metric"), (("a.jpg",), "1 images; give two"), (("--gallery", "none"), "no such folder")):
+                            (("--metric", "learned"), "no metric"), (("a.jpg",), "1 images; give two"),
+                            (("--gallery", "none"), "no such folder")):
         code, _, err = run(verify, "--ckpt", ckpt, *flags, cwd=tmp)
         assert code == 2 and fragment in err and err.count("\n") == 1, err
 

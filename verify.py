@@ -212,13 +212,15 @@ def write_submission(path, scores, root):
                              " of another set: remove it, or bring the test pairs that belong to it")
         header = rows[0]
     if not np.isfinite(scores).all():
-        raise ValueError("a score is not finite; nothing was written")
+        raise ValueError(f"pair {int(np.argmin(np.isfinite(scores)))} has a score that is not finite, so {path} is not"
+                         " written; the weights diverged: train again with a lower --lr")
     write_csv(path, header, enumerate(map(repr, scores.tolist())))
 
 
 # ---- Decisions: a threshold, two images, one among many --------------------------------------------------------
 
-NO_THRESHOLD = "no threshold, as the checkpoint has no validation scores of this metric: give --threshold-from"
+NO_THRESHOLD = ("the checkpoint has no threshold: only the best.pt of a run with validation pairs has, for the metric"
+                " that it was trained with; give --threshold-from")
 
 
 def known_pairs(net, criterion, ckpt, args):
@@ -331,6 +333,7 @@ def identify(net, criterion, ckpt, args):
     else:                                                                        # as it is, perhaps beyond memory
         people, first = people[labels], np.arange(len(z))
     p, probes, truth = embedded(net, ckpt, args, args.probes, project)
+    truth = truth or truth_of(args.probes, len(probes))
     scores, found = search(z, p, 5, similarity=similarity)                       # (P, 5)
     known = known_pairs(net, criterion, ckpt, args)
     threshold, why = threshold_of(known, args.far) if known else (-np.inf, NO_THRESHOLD)
@@ -343,7 +346,7 @@ def identify(net, criterion, ckpt, args):
     text = [f"{r['image']}  {r['match'] or 'no match'}  {r['score']:.4f}" for r in result["probes"]]
     text.append(f"{len(probes)} probes among {len(people)} people: {out}; threshold {threshold:.4f}, {why}")
     hits = np.zeros(found.shape, bool)
-    if truth := truth or truth_of(args.probes, len(probes)):
+    if truth:
         hits, mated = told == np.array(truth)[:, None], np.isin(truth, people)
         rates = identification(scores[:, 0], hits, mated)
         result |= rates | dict(accuracy=float(np.mean(np.where(mated, hits[:, 0] & right, ~right))))
@@ -416,7 +419,7 @@ def plane(net, criterion, train, people=10):
             ray = F.normalize(criterion.weight[c].detach().cpu(), dim=0).numpy() * np.linalg.norm(z, axis=1).max()
             series[f"_ray {c}"] = [0, ray[0]], [0, ray[1]], "line", c
         series[f"_{c}"] = *z[labels[rows] == c].T, "points", c
-    return criterion.spec, "first number", "second number of the embedding", series, "equal"
+    return criterion.spec, "first number of the embedding", "second", series, "equal"
 
 
 def compare(folders):
