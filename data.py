@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 try:
@@ -50,12 +49,14 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 # ---- Files: what lies where, and who is on it ----------------------------------------------------------------
 
 class Pairs(NamedTuple):
-    """Pairs to verify: files[left[i]] against files[right[i]]; labels (n,) of 0/1, or None where not told."""
+    """Pairs to verify: files[left[i]] against files[right[i]]; labels (n,) of 0/1, or None where not told; folds
+    (n,) the number of each pair's fold, in LFW's pairs.txt."""
     files: list
     left: np.ndarray
     right: np.ndarray
     labels: np.ndarray | None
     path: Path | None = None
+    folds: np.ndarray | None = None
 
 
 def lines(path):
@@ -111,10 +112,45 @@ def read_split(folder):
     return (files, None) if set(labels or [""]) <= {"images"} else (files, labels)
 
 
+def read_named(folder):
+    """(files, names): read_split() with identities as text; names None for flat images, whose people are not told."""
+    found = read_split(folder)
+    if found is None:
+        raise ValueError(f"{folder}: no such folder; name one with a sub-folder a person, or of images")
+    files, labels = found
+    files = files or [e.path for e in sorted(os.scandir(folder), key=lambda e: e.name)
+                      if os.path.splitext(e.name)[1].lower() in SUFFIXES]
+    if not files:
+        raise ValueError(f"{folder}: no images in it, nor in its sub-folders; name another folder")
+    return files, list(map(str, labels)) if labels else None
+
+
+def read_lfw(path, folder):
+    """(rows, folds) of LFW's pair lists, as in read_pairs(): a first line 'n', or 'folds<tab>n', then for each fold n
+    lines 'name i j', two images of one person, and n lines 'name i name j'. Image i is folder/name/name_000i.*"""
+    (_, head), *rest = lines(path)
+    folds, n = map(int, ["1", *head.split()][-2:])
+    if len(rest) != 2 * folds * n:
+        raise ValueError(f"{path}: {len(rest)} pairs, but the first line announces {folds} x 2 x {n}; fetch it again")
+    rows = []
+    for i, line in rest:
+        f = line.split("\t" if "\t" in line else None)
+        if len(f) not in (3, 4) or not (f[1] + f[-1]).isdecimal():
+            raise ValueError(f"{path}:{i}: '{line}'; LFW's lines are 'name i j' or 'name i name j'")
+        stems = [f"{name}/{name}_{int(k):04d}" for name, k in ((f[0], f[1]), (f[-2] if len(f) == 4 else f[0], f[-1]))]
+        names = [next((s + end for end in (".jpg", *SUFFIXES) if os.path.isfile(os.path.join(folder, s + end))),
+                      s + ".*") for s in stems]
+        rows.append((i, [*names, "01"[len(f) == 3]]))
+    return rows, np.arange(len(rows)) // (2 * n) if folds > 1 else None
+
+
 def read_pairs(path, folder):
-    """Pairs from a .txt or .csv file whose image names are relative to folder."""
-    comma = str(path).lower().endswith(".csv")
+    """Pairs from a .txt or .csv file whose image names are relative to folder: '<image> <image> [0|1]' lines, or
+    what LFW has, known by its first line of nothing but numbers."""
+    comma, folds = str(path).lower().endswith(".csv"), None
     rows = [(i, [c.strip() for c in line.split("," if comma else None)]) for i, line in lines(path)][comma:]
+    if rows and not comma and "".join(rows[0][1]).isdecimal():
+        rows, folds = read_lfw(path, folder)
     if not rows:
         raise ValueError(f"{path}: no pairs in it; write '<image> <image> <0|1>' a line")
     width, number, sides, labels = len(rows[0][1]), {}, [], []
@@ -129,7 +165,7 @@ def read_pairs(path, folder):
     left, right = np.array(sides).T
     if labels and len(set(labels)) == 1:
         raise ValueError(f"{path}: every pair has label {labels[0]}; an EER needs pairs of both kinds")
-    return Pairs(list(number), left, right, np.array(labels) if labels else None, Path(path))
+    return Pairs(list(number), left, right, np.array(labels) if labels else None, Path(path), folds)
 
 
 def find_pairs(root, name):
@@ -270,6 +306,12 @@ def progress(what, done, total, since, unit="images", every=[0.0]):
               file=sys.stderr, flush=True)
 
 
+def forget(rows):
+    """Let go of the pages of a memory map; every page ever read would count as resident memory."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        rows._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 class Images:
     """uint8 faces (n, S, S, 3) indexed by an array of row numbers: rows of a pack, or files decoded as asked."""
 
@@ -285,8 +327,8 @@ class Images:
             with ThreadPoolExecutor() as pool:
                 return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size), index)))
         self.touched += index.size
-        if self.touched * self.size ** 2 * 3 > 2 ** 28 and hasattr(mmap, "MADV_DONTNEED"):
-            self.rows._mmap.madvise(mmap.MADV_DONTNEED)     # or every page ever read counts as resident memory
+        if self.touched * self.size ** 2 * 3 > 2 ** 28:
+            forget(self.rows)
             self.touched = 0
         return self.rows[index]
 
@@ -589,11 +631,16 @@ def render(draft, people, images, size, rng):
 
 # ---- Pictures -------------------------------------------------------------------------------------------------
 
-INK, GRID, COLOURS_OF_LINES = "#303438", "#e3e6e8", ("#1f6fb2", "#d1495b", "#3a9d5d", "#e08e1b", "#6f4fa8", "#2a9d9d")
+INK, GRID, COLOURS_OF_LINES = "#303438", "#e3e6e8", ("#1f6fb2", "#d1495b", "#3a9d5d", "#e08e1b", "#6f4fa8", "#2a9d9d",
+                                                     "#a05a2c", "#c75fa4", "#7a8288", "#9aa51d")
 
 
-def ticks(low, high, most=6):
-    """Round numbers, at most that many, that span low..high."""
+def ticks(low, high, most=6, log=False):
+    """Round numbers, at most that many, that span low..high; log: of the powers of ten, or with 2 and 5 between."""
+    if log:
+        powers = np.arange(math.floor(low), math.ceil(high) + 1)
+        marks = np.add.outer(powers, np.log10([1, 2, 5] if high - low < 3 else [1])).ravel()
+        return marks[(marks > low - 1e-9) & (marks < high + 1e-9)]
     raw = (high - low) / (most - 1) or 1.0
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
@@ -601,49 +648,116 @@ def ticks(low, high, most=6):
 
 
 def plot(path, panels, width=420, height=300):
-    """Line charts side by side as a PNG. A panel: (title, x label, y label, {name: (xs, ys)}); NaN is left out, and
-    names are shown where there are several. Drawn at three times the size and reduced, so that lines are smooth."""
+    """Charts side by side as a PNG; path None: as a PIL image. A panel: (title, x label, y label, series, axes); axes
+    may name logx, logy and equal (a unit is as long in x as in y). series: {name: (xs, ys, kind, colour)}, kind line,
+    points or bars (xs are the n + 1 edges) and the number of the colour optional. What has no place on the axes is left
+    out; names are shown where there are several, but for those that begin with _. Drawn at three times the size and
+    reduced, so that lines are smooth."""
     k = 3
     canvas = Image.new("RGB", (width * len(panels) * k, height * k), "white")
-    pen = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas, "RGBA")
     font, bold = (ImageFont.load_default(size * k) for size in (11, 13))
-    for column, (title, x_label, y_label, series) in enumerate(panels):
-        series = {name: np.array([(x, y) for x, y in zip(*xy) if math.isfinite(y)], float).reshape(-1, 2)
-                  for name, xy in series.items()}
-        points = np.concatenate([*series.values(), np.empty((0, 2))])
+    for column, (title, x_label, y_label, given, *axes) in enumerate(panels):
+        logs, series = ["logx" in "".join(axes), "logy" in "".join(axes)], []
+        for i, (name, (xs, ys, *more)) in enumerate(given.items()):
+            kind, colour = [*more, *("line", i)[len(more):]]
+            if kind == "bars":                              # the outline of the bars, from the axis and back to it
+                xs, ys = np.repeat(xs, 2), np.concatenate([[0], np.repeat(ys, 2), [0]])
+            xy = np.array([xs, ys], float).T.reshape(-1, 2)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                xy[:, logs] = np.log10(xy[:, logs])
+            series.append((name, xy[np.isfinite(xy).all(1)], kind, COLOURS_OF_LINES[colour % len(COLOURS_OF_LINES)]))
+        points = np.concatenate([*(xy for _, xy, _, _ in series), np.empty((0, 2))])
         points = points if len(points) else np.zeros((1, 2))
         low, high = points.min(0), points.max(0)
-        low[1] = min(low[1], 0) if low[1] < 0.5 * high[1] else low[1]           # start at zero unless that hides all
-        high = np.where(high > low, high, low + 1)
         left, right, top, bottom = (column * width + 52) * k, ((column + 1) * width - 14) * k, 34 * k, (height - 42) * k
+        if "equal" in axes:
+            centre, half = (low + high) / 2, np.array([right - left, bottom - top]) * 0.53
+            half *= ((high - low) / (2 * half)).max() * 1.06
+            low, high = centre - half, centre + half
+        elif not logs[1]:
+            low[1] = min(low[1], 0) if low[1] < 0.5 * high[1] else low[1]       # start at zero unless that hides all
+        high = np.where(high > low, high, low + 1)
 
         def at(xy):
-            share = (np.asarray(xy, float) - low) / (high - low)
-            return [(left + sx * (right - left), bottom - sy * (bottom - top)) for sx, sy in np.atleast_2d(share)]
+            share = (np.asarray(xy, float).reshape(-1, 2) - low) / (high - low)
+            return np.array([left, bottom]) + share * (right - left, top - bottom)
 
-        for y in ticks(low[1], high[1]):
-            (_, py), = at((low[0], y))
-            pen.line([(left, py), (right, py)], GRID, k)
-            pen.text((left - 5 * k, py), f"{y:.4g}", INK, font, "rm")
-        for x in ticks(low[0], high[0]):
-            (px, _), = at((x, low[1]))
-            pen.text((px, bottom + 5 * k), f"{x:.4g}", INK, font, "mt")
+        for axis, log in enumerate(logs):
+            for v in ticks(low[axis], high[axis], log=log):
+                (px, py), text = at([v, v])[0], f"{10 ** v if log else v:.4g}"
+                pen.line([(left, py), (right, py)] if axis else [(px, bottom), (px, top)], GRID, k)
+                pen.text((left - 5 * k, py) if axis else (px, bottom + 5 * k), text, INK, font, "rm" if axis else "mt")
         pen.line([(left, top), (left, bottom), (right, bottom)], INK, k)
         pen.text(((left + right) / 2, 10 * k), title, INK, bold, "mt")
         pen.text(((left + right) / 2, (height - 8) * k), x_label, INK, font, "mb")
         pen.text((left, top - 4 * k), y_label, INK, font, "lb")
-        for i, (name, xy) in enumerate(series.items()):
-            colour = COLOURS_OF_LINES[i % len(COLOURS_OF_LINES)]
-            if len(xy) > 1:
-                pen.line(at(xy), colour, 2 * k, "curve")
-            for px, py in at(xy) if 0 < len(xy) < 40 else ():
-                pen.ellipse((px - 2.5 * k, py - 2.5 * k, px + 2.5 * k, py + 2.5 * k), colour)
-            if len(series) > 1:
-                pen.text((right - 4 * k, top + (4 + 14 * i) * k), name, colour, font, "rt")
-    canvas = canvas.reduce(k)
-    buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
-    write(path, buffer.getvalue())
+        for name, xy, kind, colour in series:
+            place = at(xy)
+            if kind == "line" and len(place) > 1:           # points that fall on one pixel are drawn once
+                place = place[np.append(True, (np.diff(place.round(), axis=0) != 0).any(1))]
+                pen.line(list(map(tuple, place)), colour, 2 * k, "curve")
+            elif kind == "bars":
+                pen.polygon(list(map(tuple, place)), colour + "60", colour, 2)
+            r = (4.5 if kind == "points" and len(place) == 1 else 2.5) * k
+            for px, py in place if kind == "points" or kind == "line" and len(place) in {1, *range(3, 40)} else ():
+                pen.ellipse((px - r, py - r, px + r, py + r), colour + "90" * (kind == "points" and len(place) > 1))
+        names = [(name, colour) for name, _, _, colour in series if len(series) > 1 and name[:1] != "_"]
+        if names:                                           # in the corner that hides least
+            w, h = max(pen.textlength(n, font) for n, _ in names), (14 * len(names) - 2) * k
+            corners = itertools.product((right - w - 6 * k, left + 6 * k), (top + 3 * k, bottom - h - 6 * k))
+            x, y = min(corners, key=lambda c: ((at(points) > np.subtract(c, 8 * k))
+                                               & (at(points) < np.add(c, (w + 8 * k, h + 8 * k)))).all(1).sum())
+            pen.rectangle((x - 4 * k, y - 2 * k, x + w + 4 * k, y + h + 2 * k), "#ffffffc0")
+            for i, (name, colour) in enumerate(names):
+                pen.text((x, y + 14 * i * k), name, colour, font, "lt")
+    return save_png(path, canvas.reduce(k))
+
+
+def save_png(path, canvas):
+    """canvas, written to path if that is not None."""
+    if path:
+        buffer = io.BytesIO()
+        canvas.save(buffer, "PNG")
+        write(Path(path), buffer.getvalue())
+    return canvas
+
+
+def sheet(path, title, sections, side=96):
+    """Pictures with captions as a PNG. A section: (heading, columns, tiles); a tile: (uint8 array (h, w, 3), shown
+    `side` pixels high, or a PIL image as it is; caption of one line or more; colour of its frame or None)."""
+    font, bold, big = (ImageFont.load_default(size) for size in (11, 13, 16))
+    gap, rows, y, width = 8, [], 44, font.getlength(title) * 1.5 + 24
+    for heading, columns, tiles in sections:
+        rows.append((y, heading))
+        y += 26 if heading else 0
+        for i in range(0, len(tiles), columns):
+            x, line = 12, tiles[i:i + columns]
+            for image, caption, colour in line:
+                if not isinstance(image, Image.Image):
+                    image = Image.fromarray(np.ascontiguousarray(image))
+                    image = image.resize((round(image.width * side / image.height), side), Image.LANCZOS)
+                rows.append((y, x, image, caption.split("\n"), colour))
+                x += image.width + gap
+            width = max(width, x + 4)
+            y += max(row[2].height + 14 * len(row[3]) * bool(row[3][0]) for row in rows[-len(line):]) + gap
+        y += gap
+    canvas = Image.new("RGB", (int(width), y), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((12, 14), title, INK, big, "lt")
+    for y, x, *tile in rows:
+        if not tile:
+            pen.text((12, y + 6), x, INK, bold, "lt")
+            continue
+        image, caption, colour = tile
+        if colour:
+            pen.rectangle((x - 3, y - 3, x + image.width + 2, y + image.height + 2), colour)
+        canvas.paste(image, (x, y))
+        for i, text in enumerate(caption):
+            while font.getlength(text) > image.width and len(text) > 3:
+                text = text.rstrip("…")[:-1] + "…"
+            pen.text((x + image.width / 2, y + image.height + 5 + 14 * i), text, INK, font, "mt")
+    return save_png(path, canvas)
 
 
 # ---- The homework's two classes, for an ordinary DataLoader ---------------------------------------------------
@@ -687,7 +801,7 @@ class ImagePairDataset(torch.utils.data.Dataset):
 # ---- Shared by the scripts ------------------------------------------------------------------------------------
 
 def write(path, content):
-    """Write bytes to path (a Path) by way of a temporary file that is flushed and renamed: the old or the new, never half."""
+    """Write bytes to path (a Path) through a temporary file, flushed and renamed: the old or the new, never half."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -755,12 +869,14 @@ def main():
     faces = load(args.data, args.holdout)
     size, cache = native_size(faces.train[0]), cache_folder(faces.root)
     print(f"{faces.root}{': ' + faces.note if faces.note else ''}")
+    packs = []
     for name in ("train", "dev", "test", "val_pairs", "test_pairs"):
         if (split := getattr(faces, name)) is None:
             continue
         files, labels = (split.files, split.labels) if name.endswith("pairs") else split
         sides = Counter(s for _, s in zip(range(1000), map(measure, files)) if s)
-        good = pack(files, size, cache, name)[1]
+        packs.append((name, *pack(files, size, cache, name)))
+        good = packs[-1][2]
         text = f"{name}: {len(files)} images, {len(files) - len(good)} unreadable; " + ", ".join(
             f"{count} of {'x'.join(map(str, s))}" for s, count in sides.most_common(3))
         if name.endswith("pairs"):
@@ -770,12 +886,38 @@ def main():
             text += (f"; {len(each)} people with {each.min()} to {each.max()} images, median {np.median(each):g},"
                      f" {(each == 1).sum()} of them with one")
         print(text)
-    images, good = pack(faces.train[0], size, cache, "train")
-    x = torch.from_numpy(images[np.random.default_rng(0).permutation(good)[:96]])
+    # one reading of all packs: the training images' colours, and images that are equal byte for byte
+    colour, first, again = [], {}, []
+    for name, images, good in packs:
+        since = time.monotonic()
+        for rows in np.split(good, range(256, len(good), 256)):
+            block = images[rows]
+            if name == "train":
+                v = torch.from_numpy(block).view(-1, 3).float() / 255
+                colour.append(torch.stack([v.mean(0), v.square().mean(0)]).double() * len(rows) / len(good))
+            for i, image in zip(rows, block):
+                file = os.path.relpath(images.files[i], faces.root)
+                if (other := first.setdefault(hashlib.sha256(image).digest(), file)) != file:
+                    again.append(f"{file} = {other}")
+            progress(f"comparing {name}", int(np.searchsorted(good, rows[-1])) + 1, len(good), since)
+    mean, square = sum(colour)
+    print("train, 0..1: mean " + " ".join(f"{v:.4f}" for v in mean) + ", standard deviation "
+          + " ".join(f"{v:.4f}" for v in (square - mean ** 2).sqrt()) + " (red, green, blue)")
+    print(f"duplicates: {len(again)} images equal an earlier one once decoded"
+          + "".join(f"\n    {line}" for line in again[:10]) + "\n    ..." * (len(again) > 10))
+
+    _, images, good = packs[0]
+    x = torch.from_numpy(images[np.random.default_rng(0).permutation(good)[:72]])
     if args.augment:
         x = ((augment(x, {k: v for k, (v, _) in AUGMENT.items()}) + 1) * 127.5).byte().permute(0, 2, 3, 1)
-    x = F.pad(x, (0, 0) * 3 + (0, -len(x) % 12), value=255).view(-1, 12, size, size, 3).transpose(1, 2)
-    Image.fromarray(x.reshape(-1, 12 * size, 3).numpy()).save(args.sheet)
+    each = np.bincount(faces.train[1])
+    edges = np.arange(0, each.max() + 42, max(1, -(-each.max() // 40)))         # at most 41 bars, of whole numbers
+    edges = edges[:np.searchsorted(edges, each.max(), "right") + 1]
+    bars = {"": (edges - 0.5, np.histogram(each, edges)[0], "bars")}
+    chart = plot(None, [("images a person", "images", "people", bars)], 12 * 72, 240)
+    sheet(args.sheet, f"{faces.root.name}: {len(good)} training images of {len(faces.names)} people", [
+        ("", 1, [(chart, "", None)]), ("as training sees them" if args.augment else "drawn at random", 12,
+                                       [(image, "", None) for image in x.numpy()])], 64)
     print(f"contact sheet: {args.sheet}")
 
 

@@ -1,6 +1,6 @@
 """Judge a face verifier: equal error rate and the rest of the ROC, in numpy alone.
 
-    python eer.py scores.csv            # columns label,score; 1 = same person, a higher score = more alike
+    python eer.py scores.csv ...        # columns label,score; 1 = same person, a higher score = more alike
 
     from eer import eer, report
     rate, threshold = eer(labels, scores)       # eer in 0..1, not in percent
@@ -85,6 +85,36 @@ def roc(labels, scores):
     return (*rates(genuine, impostor, thresholds), thresholds)
 
 
+def at_far(labels, scores, far):
+    """The lowest threshold that accepts at most a share far of the impostors; above them all where they are fewer
+    than 1/far."""
+    impostor = split(labels, scores)[1]
+    rank = int(far * len(impostor) * (1 + 1e-12))                   # so many may be accepted
+    return float(np.nextafter(impostor[len(impostor) - 1 - rank], np.inf))
+
+
+def best_threshold(labels, scores):
+    """The threshold of highest accuracy: half-way between two neighbouring scores, of several equally good ones in
+    the widest gap, and of those the highest."""
+    far, tar, cut = roc(labels, scores)
+    p = np.mean(np.asarray(labels) == 1)
+    accuracy = (p * tar + (1 - p) * (1 - far))[1:-1]                # cut i lies between scores i and i + 1
+    if not len(accuracy):                                           # all scores are equal
+        return float(cut[-1])
+    good = np.flatnonzero(accuracy > accuracy.max() - 1e-12)
+    i = good[np.argmax(cut[1:-1][good] - cut[2:][good])]
+    return float(cut[1 + i] / 2 + cut[2 + i] / 2)
+
+
+def folds_accuracy(labels, scores, folds):
+    """(mean, standard error) of the accuracies of the folds, the threshold of each being the best of the others:
+    LFW's protocol (Huang et al. 2007). folds (n,) numbers each pair's fold."""
+    labels, scores, folds = map(np.asarray, (labels, scores, folds))
+    each = [np.mean((scores[own] >= best_threshold(labels[~own], scores[~own])) == labels[own])
+            for own in (folds == f for f in np.unique(folds))]
+    return float(np.mean(each)), float(np.std(each, ddof=1) / len(each) ** 0.5)
+
+
 def interval(rate, genuine, impostor, level=0.95):
     """Confidence interval of an EER from so many genuine and impostor pairs: Wilson's, for the 4PN/(P+N) trials
     that give the variance (1/P + 1/N) rate (1 - rate) / 4 of the mean of FAR and FRR. It takes the pairs for
@@ -116,13 +146,24 @@ def report(labels, scores, fars=FARS):
     return out
 
 
+def percent(share):
+    return "-" if np.isnan(share) else f"{100 * share:.2f} %"
+
+
 def show(r):
     """The lines of a report() for a person to read; percent, a dash where the pairs cannot tell."""
-    tars = "   ".join(f"{k[4:]} {'-' if np.isnan(v) else f'{100 * v:.2f} %'}" for k, v in r.items() if "@" in k)
+    tars = "   ".join(f"{k[4:]} {percent(v)}" for k, v in r.items() if "@" in k)
     return (f"EER {100 * r['eer']:.2f} %  (95 % interval {100 * r['eer_low']:.2f} to {100 * r['eer_high']:.2f}; "
             f"{r['genuine']} genuine, {r['impostor']} impostor pairs)\n"
             f"at threshold {r['threshold']:.4f}: FAR {100 * r['far']:.2f} %, FRR {100 * r['frr']:.2f} %\n"
             f"AUC {100 * r['auc']:.2f} %   best accuracy {100 * r['acc']:.2f} %\nTAR at {tars}")
+
+
+def table(rows):
+    """Rows of text, the first of which is the head, as a Markdown table with straight columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    head, *lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines])
 
 
 def read(path):
@@ -148,9 +189,12 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["-h"], ["--help"]):
         sys.exit(print(__doc__))
     try:
-        if len(sys.argv) != 2:
-            raise ValueError("give one CSV file of scores; --help tells more")
-        print(show(report(*read(sys.argv[1]))))
+        if len(sys.argv) < 2:
+            raise ValueError("give a CSV file of scores, or several; --help tells more")
+        found = {path: report(*read(path)) for path in sys.argv[1:]}
+        print(table([("scores", "EER", "AUC", "accuracy", "TAR at FAR 1e-2")] + [
+            (path, *(percent(r[k]) for k in ("eer", "auc", "acc", "tar@far=1e-2"))) for path, r in found.items()])
+            if len(found) > 1 else show(*found.values()))
     except (OSError, ValueError, csv.Error) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -15,6 +15,7 @@ import functools
 import inspect
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -160,6 +161,39 @@ def test_eer_report():
     assert 0.91 < covered / 400 < 0.98, covered
 
 
+def test_eer_thresholds_by_brute_force():
+    """at_far, best_threshold and LFW's folds against all thresholds there are."""
+    rng = np.random.default_rng(2)
+    for case in range(40):
+        y = rng.permutation(np.r_[0, 1, 0, 1, rng.integers(0, 2, 40)])
+        s = (rng.normal(size=44) + y).round(1 + case % 2)
+        cuts = np.unique(s)
+        for far in (0.001, 0.1, 0.29):
+            t = eer.at_far(y, s, far)
+            assert np.mean(s[y == 0] >= t) <= far < np.mean(s[y == 0] >= np.nextafter(t, -9)), (case, far)
+        between = (cuts[1:] + cuts[:-1]) / 2
+        accuracy, gap = np.array([np.mean((s >= t) == y) for t in between]), np.diff(cuts)
+        t = eer.best_threshold(y, s)
+        best = accuracy > accuracy.max() - 1e-9
+        close(np.mean((s >= t) == y), accuracy.max())
+        close(gap[np.abs(between - t).argmin()], gap[best].max(), 1e-9)         # of equals, the widest gap
+        folds = np.arange(44) % 4
+        each = [np.mean((s[folds == f] >= eer.best_threshold(y[folds != f], s[folds != f])) == y[folds == f])
+                for f in range(4)]
+        close(eer.folds_accuracy(y, s, folds), [np.mean(each), np.std(each, ddof=1) / 2])
+    y, s = np.tile([1, 0], 40), np.tile([0.9, 0.1], 40)
+    assert eer.folds_accuracy(y, s, np.arange(80) // 8) == (1, 0) and eer.best_threshold(y, s) == 0.5
+
+
+def test_eer_compares_score_files(tmp):
+    (tmp / "a.csv").write_text("1,0.9\n0,0.1\n1,0.8\n0,0.2\n")
+    (tmp / "b.csv").write_text("1,0.9\n0,0.1\n1,0.2\n0,0.8\n")
+    done = subprocess.run([sys.executable, HERE / "eer.py", "a.csv", "b.csv"], cwd=tmp, capture_output=True, text=True)
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    assert rows[0][:2] == ["scores", "EER"] and [r[1] for r in rows[2:]] == ["0.00 %", "50.00 %"], done
+    assert rows[2][-1] == "-"                               # two impostors cannot tell FAR 1e-2
+
+
 def test_eer_refuses():
     raises("label 2", eer.eer, [0, 2], [0.0, 1.0])
     raises("both kinds", eer.eer, [1, 1], [0.0, 1.0])
@@ -260,6 +294,71 @@ def test_data_refuses(tmp):
     raises("several data sets", data.load, tmp / "both")
     picture(tmp / "few/Ann/1.png"), picture(tmp / "few/Bo/1.png")
     raises("too few to hold", data.load, tmp / "few")
+
+
+def test_data_reads_lfw_lists(tmp):
+    people = {"Ann_A": (".jpg", ".png", ".jpeg"), "Bo": (".jpg", ".jpg"), "C_D": (".webp",)}
+    for name, ends in people.items():
+        for i, end in enumerate(ends, 1):
+            picture(tmp / f"lfw/{name}/{name}_{i:04d}{end}", i)
+    (tmp / "dev.txt").write_text("2\nAnn_A\t1\t3\nBo\t1\t2\nAnn_A\t2\tC_D\t1\nBo\t2\tAnn_A\t1\n")
+    p = data.read_pairs(tmp / "dev.txt", tmp / "lfw")
+    names = [[os.path.relpath(p.files[i], tmp / "lfw") for i in side] for side in (p.left, p.right)]
+    assert names == [["Ann_A/Ann_A_0001.jpg", "Bo/Bo_0001.jpg", "Ann_A/Ann_A_0002.png", "Bo/Bo_0002.jpg"],
+                     ["Ann_A/Ann_A_0003.jpeg", "Bo/Bo_0002.jpg", "C_D/C_D_0001.webp", "Ann_A/Ann_A_0001.jpg"]]
+    assert p.labels.tolist() == [1, 1, 0, 0] and p.folds is None and len(p.files) == 6
+    fold = "Ann_A\t1\t2\nBo\t1\tAnn_A\t3\n"
+    (tmp / "pairs.txt").write_text("3\t1\n" + fold * 3)
+    p = data.read_pairs(tmp / "pairs.txt", tmp / "lfw")
+    assert p.labels.tolist() == [1, 0] * 3 and p.folds.tolist() == [0, 0, 1, 1, 2, 2]
+    for text, fragment in (("3\t1\n" + fold, "2 pairs, but the first line announces 3 x 2 x 1"),
+                           ("1\nAnn_A\t1\t2\nBo\t1\tx\n", "t.txt:3: 'Bo"),
+                           ("1\nAnn_A\t1\t9\nBo\t1\tC_D\t1\n", "t.txt:2: no image"),
+                           ("1\n..\t1\t2\nBo\t1\tC_D\t1\n", "leaves")):
+        (tmp / "t.txt").write_text(text)
+        raises(fragment, data.read_pairs, tmp / "t.txt", tmp / "lfw")
+
+
+def test_data_describes_a_set(tmp):
+    for person, n in (("Ann", 3), ("Bo", 1), ("Cy", 2)):
+        for i in range(n):
+            picture(tmp / f"set/{person}/{i}.png", 10 * n + i, (32, 32))
+    shutil.copy(tmp / "set/Ann/0.png", tmp / "set/Cy/9.png")
+    x = np.stack([data.decode(f, 32) for f in data.read_people(tmp / "set")[0]]).reshape(-1, 3) / 255
+    code, out, _ = run(data, "--data", "set", "--holdout", 0, "--sheet", "sheet.png", cwd=tmp)
+    assert code == 0 and "7 images, 0 unreadable" in out and "3 people with 1 to 3 images, median 3" in out, out
+    assert "mean " + " ".join(f"{v:.4f}" for v in x.mean(0)) + ", standard deviation " + " ".join(
+        f"{v:.4f}" for v in x.std(0)) in out, out
+    assert "duplicates: 1 images" in out and "Cy/9.png = Ann/0.png" in out, out
+    sheet = np.asarray(Image.open(tmp / "sheet.png"))
+    for i in range(7):                                      # every face is on it, twice as large
+        face = Image.fromarray(data.decode(data.read_people(tmp / "set")[0][i], 32)).resize((64, 64), Image.LANCZOS)
+        assert (np.lib.stride_tricks.sliding_window_view(sheet[:, :900, 0], (1, 64))[::1, ::4].reshape(-1, 64)
+                == np.asarray(face)[5, :, 0]).all(1).any(), i
+
+
+def test_data_plot_puts_things_where_they_belong():
+    def centres(axes, *points):
+        """Where the points' colours are in the picture: (n, 2), columns and rows."""
+        series = {f"_{i}": ([x], [y], "points") for i, (x, y) in enumerate(points)}
+        a = np.asarray(data.plot(None, [("", "", "", series, axes)])).astype(int)
+        each = [[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in data.COLOURS_OF_LINES[:len(points)]]
+        return np.array([np.argwhere(np.abs(a - c).max(2) < 30).mean(0)[::-1] for c in each])
+    for axes, a, b, c in (("", (0, 8), (5, 9), (10, 10)), ("logx", (0.01, 8), (1, 9), (100, 10)),
+                          ("logx logy", (0.01, 1), (1, 10), (100, 100))):
+        close(centres(axes, a, b, c), [(52, 258), (229, 146), (406, 34)], 0.04, axes)
+    one, two, three = centres("equal", (0, 0), (3, 0), (0, 3))                  # right angle, equal sides
+    close(two[0] - one[0], one[1] - three[1], 0.03)
+    assert abs(one[1] - two[1]) < 2 and abs(one[0] - three[0]) < 2
+    for bad in (0, -1, math.nan, math.inf):                 # what has no place on the axes is left out
+        xs, ys = [0.01, bad, 100], [8, 9, 10]
+        assert (np.asarray(data.plot(None, [("", "", "", {"": (xs, ys)}, "logx")])) == np.asarray(
+            data.plot(None, [("", "", "", {"": (xs[::2], ys[::2])}, "logx")]))).all(), bad
+    close(data.ticks(-3, 2, log=True), np.arange(-3, 3))
+    close(10 ** data.ticks(0, 1, log=True), [1, 2, 5, 10])
+    a = np.asarray(data.plot(None, [("", "", "", {"": ([0, 1, 2], [0, 1], "bars")})]))
+    blue = (a[..., 2].astype(int) - a[..., 0] > 40)         # only the right half is filled, to the top
+    assert blue[40:250, 240:400].all() and not blue[40:250, 60:220].any()
 
 
 def test_data_shows_images_as_a_viewer_does(tmp):
@@ -785,6 +884,221 @@ def test_distributed_heads_equal_the_undivided(tmp):
     whole, *parts = [(torch.manual_seed(0), losses.make("subcenter:k=2", 3, 100_001, share).weight.detach())[1]
                      for share in ((0, 1), (0, 3), (1, 3), (2, 3))]              # drawn in several blocks
     assert torch.equal(torch.cat([p.unflatten(0, (2, -1)) for p in parts], 1).flatten(0, 1), whole)
+def test_verify_search_is_brute_force():
+    rng = np.random.default_rng(0)
+    for case in range(60):                                  # small integers: exact in any order, and full of ties
+        n, p, k = rng.integers(1, 400), rng.integers(1, 9), rng.integers(1, 12)
+        gallery = rng.integers(-2, 3, (n, 4)).astype((np.float16, np.float32)[case % 2])
+        probes = rng.integers(-2, 3, (p, 4)).astype(np.float32)
+        every = probes @ gallery.T.astype(np.float32)
+        wanted = np.argsort(-every, axis=1, kind="stable")[:, :k]
+        scores, rows = verify.search(gallery, probes, k, block=int(rng.integers(1, 130)))
+        assert (rows == wanted).all() and (scores == np.take_along_axis(every, wanted, 1)).all(), case
+    scores, rows = verify.search(gallery, np.repeat(probes, 1100, 0)[:1100], 3)                 # two loads of probes
+    assert (rows == wanted[:1, :3]).all()
+    distance = verify.search(gallery, probes, 5, 64, lambda p, g: -(p - g).norm(dim=1))[0]
+    close(distance, -np.sort(np.linalg.norm(probes[:, None] - gallery, axis=2), 1)[:, :5], 1e-6)
+
+
+def test_verify_search_keeps_memory_bounded(tmp):
+    """From a memory map of 64 MB in float16 no more than a few blocks are ever in memory."""
+    rng = np.random.default_rng(0)
+    gallery = np.lib.format.open_memmap(tmp / "g.npy", "w+", np.float16, (1 << 20, 32))
+    gallery[:] = 0
+    where = rng.choice(len(gallery), 20, replace=False)
+    probes = rng.normal(size=(20, 32)).astype(np.float16)
+    gallery[where] = probes
+    gallery.flush()
+    del gallery
+    gallery, largest = np.load(tmp / "g.npy", mmap_mode="r"), []
+    with mock.patch.object(data, "forget", lambda a, real=data.forget: (
+            real(a), largest.append(int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1])))):
+        if not Path("/proc/self/status").exists():
+            raise Skip("no /proc to read the resident memory from")
+        scores, rows = verify.search(gallery, probes.astype(np.float32), 1)
+    assert (rows[:, 0] == where).all() and len(largest) == 256
+    assert max(largest) - largest[0] < 16 << 10, largest    # KB; all of the map would be 64 MB
+
+
+def test_verify_metrics(tmp):
+    torch.manual_seed(0)
+    pairs = data.Pairs(list("abcd"), np.array([0, 1, 2]), np.array([1, 2, 3]), None)
+    z = F.normalize(torch.randn(4, 8))
+    cosine = verify.score(z, pairs, verify.metric_of(losses.make("ce", 8, 3), "cosine")[1])
+    euclid = verify.score(z, pairs, verify.metric_of(losses.make("siamese", 8, 3), "euclidean")[1])
+    close(euclid, -np.sqrt(2 - 2 * cosine), 1e-6)
+    siamese, tse = losses.make("siamese", 8, 3), losses.make("tse:k=3", 8, 3)
+    for name in (None, "learned"):
+        close(verify.score(z, pairs, verify.metric_of(siamese, name)[1]), siamese.score(z[:3], z[1:]), 1e-6)
+        assert verify.metric_of(tse, name)[0](z).shape == (4, 3)
+    assert verify.metric_of(tse, "cosine") == (None, None)
+    raises("arcface:s=30.0,m=0.3 learned no metric", verify.metric_of, losses.make("arcface:s=30", 8, 3), "learned")
+
+
+def test_verify_identification_by_brute_force():
+    rng = np.random.default_rng(0)
+    for case in range(20):
+        scores, hits, mated = rng.normal(size=90).round(1), rng.random((90, 5)) < 0.3, rng.random(90) < 0.6
+        hits &= (hits.cumsum(1) == 1) & mated[:, None]
+        got, others = verify.identification(scores, hits, mated), np.sort(scores[~mated])[::-1]
+        close(got["rank1"], hits[mated, 0].sum() / mated.sum())
+        close(got["rank5"], hits.any(1).sum() / mated.sum())
+        for far in (1e-3, 1e-2, 1e-1):
+            wanted = [np.mean(hits[mated, 0] & (scores[mated] > t)) for t in np.r_[others, others - 1]
+                      if np.mean(others > t) <= far]
+            value = got[f"dir@far={far:.0e}".replace("e-0", "e-")]
+            assert math.isnan(value) if far * len(others) < 1 else abs(value - max(wanted)) < 1e-12, (case, far)
+
+
+@functools.cache
+def trained():
+    """A small checkpoint on the small set, its folder a run's; for reading only."""
+    cwd = faces().parent
+    tiny(cwd, "--loss", "arcface", "--out", "run", epochs=1)
+    return cwd / "run"
+
+
+def known_and_unknown(tmp):
+    """The older Kaggle: five known people with three images, eight probes, three of them of strangers."""
+    files, labels = data.read_labels(faces() / "cls_data/train")
+    of = {p: [f for f, q in zip(files, labels) if q == p] for p in range(8)}
+    truth = [0, 1, 2, 3, 4, 5, 6, 7]
+    for p in range(5):
+        (tmp / f"known/n{p}").mkdir(parents=True)
+        for f in of[p][:3]:
+            shutil.copy(f, tmp / f"known/n{p}")
+    for folder in ("unknown_dev", "unknown_test"):
+        (tmp / folder).mkdir()
+        for i, p in enumerate(truth):
+            shutil.copy(of[p][4], tmp / f"{folder}/{i:03d}.jpg")
+    (tmp / "verification_dev.csv").write_text("id,label\n" + "".join(
+        f"{i},{f'n{p}' if p < 5 else 'n000000'}\n" for i, p in enumerate(truth)))
+    return truth
+
+
+def test_verify_identifies(tmp):
+    truth, ckpt = known_and_unknown(tmp), trained() / "best.pt"
+    flags = "--ckpt", ckpt, "--gallery", "known", "--probes", "unknown_dev"
+    code, out, err = run(verify, *flags, "--json", "--plots", "plots", "--save-embeddings", "g.npy", cwd=tmp)
+    assert code == 0, err
+    got = json.loads(out)
+    # by hand: unit mean of each person's unit embeddings, all cosines, the best, or n000000 below the threshold
+    net, criterion = verify.build(verify.load(ckpt))
+
+    def z(files):
+        return verify.embed(net, np.stack([data.decode(f, 32) for f in files])).numpy()
+    known = np.stack([z(sorted((tmp / f"known/n{p}").glob("*.jpg"))).sum(0) for p in range(5)])
+    cosine = z(sorted((tmp / "unknown_dev").glob("*.jpg"))) @ (known / np.linalg.norm(known, axis=1)[:, None]).T
+    val = verify.load(ckpt)["val"]
+    threshold = eer.eer(val["labels"].numpy(), val["scores"].numpy())[1]
+    answers = [f"n{c.argmax()}" if c.max() >= threshold else "n000000" for c in cosine]
+    rows = (tmp / "identification.csv").read_text().split()
+    assert rows == ["id,label", *(f"{i},{a}" for i, a in enumerate(answers))]
+    close([p["score"] for p in got["probes"]], cosine.max(1), 1e-5)
+    close([got["threshold"], got["rank1"]], [threshold, np.mean(cosine.argmax(1)[:5] == truth[:5])])
+    close(got["accuracy"], np.mean([a == (f"n{p}" if p < 5 else "n000000") for a, p in zip(answers, truth)]))
+    assert got["rank5"] == 1 and (got["mated"], got["unmated"]) == (5, 3) and got["dir@far=1e-1"] is None
+    assert [n["nearest"][0] for n in got["probes"]] == [f"n{c}" for c in cosine.argmax(1)]
+    assert Image.open(tmp / "plots/ranks.png").size[1] > 8 * 96
+    # embeddings in a file serve as gallery; a folder of test probes has no truth, though a CSV lies beside it
+    listing = [line.split("\t") for line in (tmp / "g.txt").read_text().splitlines()]
+    assert [n for _, n in listing] == [f"n{p}" for p in range(5) for _ in "abc"]
+    assert np.load(tmp / "g.npy").shape == (15, 16)
+    again = json.loads(run(verify, "--ckpt", ckpt, "--gallery", "g.npy", "--probes", "unknown_test", "--far", "1e-3",
+                           "--out", "far.csv", "--json", cwd=tmp)[1])
+    assert "rank1" not in again and [p["nearest"] for p in again["probes"]] == [p["nearest"] for p in got["probes"]]
+    close(again["threshold"], val["scores"][val["labels"] == 0].max(), 1e-9)    # 10 impostors: above them all
+    (tmp / "verification_dev.csv").write_text("id,label\n0,n1\n")
+    code, _, err = run(verify, "--ckpt", ckpt, "--gallery", "known", "--probes", "unknown_dev", cwd=tmp)
+    assert code == 2 and "verification_dev.csv: 1 rows for the 8 images" in err
+
+
+def test_verify_protocols(tmp):
+    """Two images, LFW's folds, a threshold from another file, JSON, pictures; against the functions beneath."""
+    ckpt, val = trained() / "best.pt", data.load(faces()).val_pairs
+    names = [f"p{i}" for i in range(len(val.files))]
+    for f, n in zip(val.files, names):
+        (tmp / f"lfw/{n}").mkdir(parents=True)
+        shutil.copy(f, tmp / f"lfw/{n}/{n}_0001.jpg")
+        shutil.copy(f, tmp / f"lfw/{n}/{n}_0002.jpg")
+    same, other = (np.flatnonzero(val.labels == y)[:10] for y in (1, 0))
+    rows = [f"{names[val.left[i]]}\t1\t2\n" for i in same], [
+        f"{names[val.left[i]]}\t1\t{names[val.right[i]]}\t1\n" for i in other]
+    (tmp / "pairs.txt").write_text("5\t2\n" + "".join(
+        "".join(rows[0][2 * f:2 * f + 2] + rows[1][2 * f:2 * f + 2]) for f in range(5)))
+    (tmp / "dev.txt").write_text("10\n" + "".join(rows[0] + rows[1]))
+    (tmp / "homework.csv").write_text("a,b,label\n" + "".join(f"{os.path.relpath(val.files[i], faces())},"
+                                      f"{os.path.relpath(val.files[j], faces())},{y}\n" for i, j, y in
+                                      zip(val.left, val.right, val.labels)))
+
+    def ask(*flags):
+        code, out, err = run(verify, "--ckpt", ckpt, "--json", *flags, cwd=tmp)
+        assert code == 0, err
+        return json.loads(out)
+    got = ask("--pairs", "pairs.txt", "--images", "lfw", "--plots", "plots")
+    with (tmp / "plots/scores.csv").open() as f:
+        labels, scores = np.array([(int(r["label"]), float(r["score"])) for r in csv.DictReader(f)]).T
+    assert {p.name for p in (tmp / "plots").iterdir()} == {"roc.png", "scores.png", "hardest.png", "scores.csv"}
+    close([got["folds_acc"], got["folds_error"]], eer.folds_accuracy(labels, scores, np.arange(20) // 4))
+    close(got["eer"], eer.eer(labels, scores)[0])
+    assert got["tar@far=1e-1"] is not None and got["tar@far=1e-2"] is None
+    moved = ask("--pairs", "pairs.txt", "--images", "lfw", "--threshold-from", "dev.txt")["threshold_from"]
+    t = eer.best_threshold(labels, scores)                  # the same pairs in another order
+    close([moved[k] for k in ("threshold", "acc", "far", "frr")], [
+        t, np.mean((scores >= t) == labels), np.mean(scores[labels == 0] >= t), np.mean(scores[labels == 1] < t)], 1e-5)
+    whole = ask("--pairs", "homework.csv", "--images", faces())
+    stored = verify.load(ckpt)["val"]
+    close(whole["eer"], verify.load(ckpt)["best"])
+    labels, cosines = stored["labels"].numpy(), stored["scores"].numpy()
+    for flags, scores in ((("--metric", "cosine"), cosines), (("--metric", "euclidean"), -np.sqrt(2 - 2 * cosines)),
+                          (("--far", 0.2), cosines)):
+        one = ask(*(val.files[side[0]] for side in (val.left, val.right)), *flags)
+        close(one["score"], scores[0], 1e-4)
+        close([one["genuine_lower"], one["impostor_higher"]],
+              [np.mean(scores[labels == 1] < one["score"]), np.mean(scores[labels == 0] >= one["score"])])
+        close(one["threshold"], eer.at_far(labels, scores, 0.2) if "--far" in flags else eer.eer(labels, scores)[1])
+        assert one["same"] == (one["score"] >= one["threshold"])
+    assert list(ask(*val.files[:2], "--mirror", "none")) == ["score"]           # no scores of that in the checkpoint
+    concat = ask("--pairs", "homework.csv", "--images", faces(), "--mirror", "concat", "--save-embeddings", "z.f16.npy")
+    z = np.load(tmp / "z.f16.npy")
+    assert z.dtype == np.float16 and z.shape == (len(val.files), 32) and concat["genuine"] == whole["genuine"]
+    _, text, _ = run(verify, "--ckpt", ckpt, *val.files[:2], cwd=tmp)           # images may follow --ckpt
+    assert "of a hundred genuine validation pairs" in text
+    for flags, fragment in ((("--far", 2), "--far 2"), (("--probes", "x"), "--gallery"),
+                            (("--metric", "learned"), "no metric"), (("a.jpg",), "1 images; give two"),
+                            (("--gallery", "none"), "no such folder")):
+        code, _, err = run(verify, "--ckpt", ckpt, *flags, cwd=tmp)
+        assert code == 2 and fragment in err and err.count("\n") == 1, err
+
+
+def test_verify_compares(tmp):
+    """Several checkpoints and score files over each other; a sorted table of runs; closed sets, combined score."""
+    ckpt = trained() / "best.pt"
+    (tmp / "other.csv").write_text("1,0.9\n0,0.1\n1,0.2\n0,0.8\n")
+    code, out, err = run(verify, "--ckpt", ckpt, "other.csv", "--json", "--plots", "p", cwd=tmp)
+    assert code == 0, err
+    got = json.loads(out)
+    assert list(got) == ["run", "other"] and got["other"]["eer"] == 0.5 and (tmp / "p/roc.png").stat().st_size > 5000
+    one = got["run"]
+    close(one["combined"], 0.5 * one["dev_acc1"] + 0.5 * (1 - one["eer"]))
+    assert not (tmp / "submission.csv").exists() and one["dev_acc5"] >= one["dev_acc1"] and "test_acc1" in one
+    d = data.load(faces())
+    net, criterion = verify.build(verify.load(ckpt))
+    logits = criterion.logits(verify.embed(net, np.stack([data.decode(f, 32) for f in d.test[0]]), unit=False))
+    close(one["test_acc1"], np.mean(logits.argmax(1).numpy() == d.test[1]))
+    tiny(tmp, "--loss", "ce", "--dim", 2, "--out", "flat", epochs=1)
+    (tmp / "empty").mkdir()
+    code, out, err = run(verify, "--compare", "flat", trained(), "empty", "--json", cwd=tmp)
+    runs = json.loads(out)["runs"]
+    assert "left out: empty/best.pt" in err and {r["run"] for r in runs} == {"flat", str(trained())}
+    assert runs[0]["EER"] <= runs[1]["EER"] and {r["loss"] for r in runs} == {"ce", "arcface:s=12.4,m=0.3"}
+    flat = next(r for r in runs if r["run"] == "flat")
+    weights = [p.numel() for m in verify.build(verify.load(tmp / "flat/best.pt")) for p in m.parameters()]
+    assert flat["parameters"] == sum(weights) and flat["loss"] == "ce"
+    assert run(verify, "--ckpt", "flat/best.pt", "--plots", "p2", cwd=tmp)[0] == 0
+    a = np.asarray(Image.open(tmp / "p2/embeddings.png")).astype(int)           # ten colours on the plane
+    for colour in data.COLOURS_OF_LINES:
+        assert (np.abs(a - [int(colour[i:i + 2], 16) for i in (1, 3, 5)]).max(2) < 30).sum() > 20, colour
 
 
 # ---- models.py -----------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
-"""Tell whether two faces are of the same person.
+"""Tell whether two faces are of the same person, and who of many a face is.
 
     python verify.py --ckpt best.pt                              # the checkpoint's data: EER, submission.csv
     python verify.py --ckpt best.pt --data DIR --out my.csv
     python verify.py --ckpt best.pt one.jpg two.jpg              # a score, and same or different
-    python verify.py --ckpt best.pt --pairs FILE --images DIR    # any list of pairs
+    python verify.py --ckpt best.pt --pairs FILE --images DIR    # any list of pairs, the homework's or LFW's
+    python verify.py --ckpt best.pt --gallery known --probes unknown     # who each probe is, or nobody of the gallery
+    python verify.py --ckpt a.pt b.pt scores.csv --plots DIR     # ROC curves over each other, histograms, hard pairs
+    python verify.py --compare runs/*                            # a table of what was tried
 
 An image and its mirror go through the backbone, their mean is the embedding; a pair's score is the cosine of its
 two embeddings. Each distinct image is embedded once, in float32, so that scores depend neither on the batch size
@@ -12,7 +15,9 @@ nor on the order of the pairs.
 import argparse
 import csv
 import io
+import json
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -103,8 +108,20 @@ def embed(model, images, project=None, mirror="mean", unit=True, batch_size=256,
     return F.normalize(z) if unit else z
 
 
+def metric_of(criterion, name=None):
+    """(project, similarity) of a metric: cosine or euclidean (minus the distance) of the backbone's embeddings, or
+    learned, the loss's own last layer and score. None: learned where the loss has it, otherwise cosine."""
+    if name == "learned" and not (criterion.score or criterion.projections):
+        raise ValueError(f"--metric learned: {criterion.spec} learned no metric; use cosine or euclidean")
+    if name in (None, "learned"):
+        device = next((w.device for w in criterion.parameters()), "cpu")
+        return criterion.project, criterion.score and (lambda a, b: criterion.score(a.to(device), b.to(device)).cpu())
+    return None, (lambda a, b: -(a.double() - b.double()).norm(dim=-1)) if name == "euclidean" else None
+
+
 def score(z, pairs, learned=None):
-    """Scores (n,) float64 of pairs over embeddings z, row i of which belongs to pairs.files[i]."""
+    """Scores (n,) float64 of pairs over embeddings z, row i of which belongs to pairs.files[i]. learned, or another
+    similarity, maps two arrays of embeddings (..., D) to (...); None is the cosine."""
     a, b = z[torch.from_numpy(pairs.left)], z[torch.from_numpy(pairs.right)]
     s = learned(a, b) if learned else (a.double() * b.double()).sum(1)
     return s.detach().double().numpy()
@@ -113,6 +130,48 @@ def score(z, pairs, learned=None):
 def centroids(z, labels, classes):
     """Unit mean embedding (classes, D) of each class of unit embeddings z (N, D); zero for absent classes."""
     return F.normalize(z.new_zeros(classes, z.shape[1]).index_add_(0, torch.from_numpy(labels), z))
+
+
+@torch.no_grad()
+def search(gallery, probes, k=5, block=4096, similarity=None):
+    """The k best of gallery (N, D) for each of probes (P, D): (scores (P, k) float32, row numbers (P, k)), best first,
+    equal scores by row number; k is N if N is less. Exact: all inner products are computed, or similarity(probe (D,),
+    gallery (n, D)) -> (n,). gallery is an array or memory map in float32 or float16; `block` of its rows, as many
+    columns of scores and no more are in memory, for 1024 probes at a time.
+    Only scores above a probe's k-th best so far need sorting; maxima of 64 columns tell where there may be some."""
+    if len(probes) > 1024:
+        parts = [search(gallery, part, k, block, similarity) for part in torch.as_tensor(probes).split(1024)]
+        return tuple(np.concatenate(part) for part in zip(*parts))
+    k, probes = min(k, len(gallery)), torch.as_tensor(probes).float()
+    floor, block, since = None, min(-(-max(block, k) // 64) * 64, len(gallery)), time.monotonic()
+    read, room = torch.from_numpy(np.empty_like(gallery[:block])), torch.empty(len(probes) * block)     # used again
+    for start in range(0, len(gallery), block):
+        n = min(block, len(gallery) - start)
+        read.numpy()[:n] = gallery[start:start + n]
+        g = read[:n].float()
+        s = torch.stack([similarity(p, g) for p in probes]).float() if similarity else torch.mm(
+            probes, g.T, out=room[:len(probes) * n].view(-1, n))                 # (P, n)
+        if floor is None:
+            who, where = torch.nonzero(s >= s.topk(k)[0][:, -1:], as_tuple=True)
+            who, where, value = who.numpy(), where.numpy(), s[who, where].numpy()
+        else:
+            s = (F.pad(s, (0, -n % 64), value=-np.inf) if n % 64 else s).view(len(s), 64, -1)
+            who, cell = torch.nonzero(s.amax(1) > floor, as_tuple=True)
+            value = s[who, :, cell]                                              # (n, 64)
+            i, j = torch.nonzero(value > floor[who], as_tuple=True)
+            where = (j * s.shape[2] + cell[i]).numpy() + start
+            who, value = who[i].numpy(), value[i, j].numpy()
+            who, where = np.append(rows, who), np.append(best_at, where)
+            value = np.append(best, value)
+        order = np.lexsort((where, -value, who))
+        first = np.searchsorted(who[order], np.arange(len(probes)))
+        keep = order[first[:, None] + np.arange(k)]                              # (P, k)
+        rows, best, best_at = np.repeat(np.arange(len(probes)), k), value[keep], where[keep]
+        floor = torch.from_numpy(best[:, -1:])
+        if isinstance(gallery, np.memmap):
+            data.forget(gallery)
+        data.progress("searching", min(start + block, len(gallery)), len(gallery), since, "embeddings")
+    return best, best_at
 
 
 @torch.no_grad()
@@ -136,14 +195,16 @@ def closed_set(net, criterion, probe, train, classes):
     return hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
 
 
-def evaluate(net, criterion, sets, classes):
+def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
     """The one evaluation, of train.py after each epoch and of verify.py. sets maps val_pairs to (Images, Pairs)
-    and train, dev to (Images, labels, rows), None where missing. Returns a dictionary: the keys of eer.report()
-    and scores where there are validation pairs, acc1 and acc5 where there is a dev set."""
+    and train, dev to (Images, labels, rows), None where missing. Returns a dictionary: the keys of eer.report(),
+    scores and embeddings where there are validation pairs, acc1 and acc5 where there is a dev set."""
     out = {}
     if sets.get("val_pairs"):
         images, pairs = sets["val_pairs"]
-        out["scores"] = score(embed(net, images, criterion.project), pairs, criterion.score)
+        project, similarity = metric_of(criterion, metric)
+        out["embeddings"] = embed(net, images, project, mirror)
+        out["scores"] = score(out["embeddings"], pairs, similarity)
         out.update(eer.report(pairs.labels, out["scores"]))
     if sets.get("dev"):
         out["acc1"], out["acc5"] = closed_set(net, criterion, sets["dev"], sets["train"], classes)
@@ -159,6 +220,12 @@ def pack_pairs(pairs, size, cache, what):
     return images, pairs
 
 
+def write_csv(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    data.write(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
+
+
 def write_submission(path, scores, root):
     """ID,score rows, 0-based, in the order of the pairs; header and length as in the set's sample submission."""
     header = ["ID", "Label"]
@@ -171,51 +238,246 @@ def write_submission(path, scores, root):
     if not np.isfinite(scores).all():
         raise ValueError(f"pair {int(np.argmin(np.isfinite(scores)))} has a score that is not finite, so {path} is not"
                          " written; the weights diverged: train again with a lower --lr")
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *enumerate(map(repr, scores.tolist()))])
-    data.write(Path(path), text.getvalue().encode())
+    write_csv(path, header, enumerate(map(repr, scores.tolist())))
 
 
-def two_images(net, criterion, ckpt, files):
-    """Print the score of two image files and what the checkpoint's validation pairs say about it."""
-    images = np.stack([data.decode(f, ckpt["args"]["size"]) for f in files])
-    pairs = data.Pairs(list(files), np.array([0]), np.array([1]), None)
-    s = score(embed(net, images, criterion.project), pairs, criterion.score)[0]
-    if not ckpt.get("val"):
-        print(f"score {s:.4f}; the checkpoint has no threshold: only the best.pt of a run with validation pairs has")
-        return
+# ---- Decisions: a threshold, two images, one among many --------------------------------------------------------
+
+NO_THRESHOLD = ("the checkpoint has no threshold: only the best.pt of a run with validation pairs has, for the metric"
+                " that it was trained with; give --threshold-from")
+
+
+def known_pairs(net, criterion, ckpt, args):
+    """(labels, scores) that a threshold is chosen on: of --threshold-from, or of the checkpoint's validation pairs;
+    None where neither has scores of this metric."""
+    if args.threshold_from:
+        pairs = data.read_pairs(args.threshold_from, args.images)
+        if pairs.labels is None:
+            raise ValueError(f"{args.threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
+        pairs = pack_pairs(pairs, ckpt["args"]["size"], data.cache_folder(args.images), "threshold_pairs")
+        return pairs[1].labels, evaluate(net, criterion, {"val_pairs": pairs}, 0, args.metric, args.mirror)["scores"]
+    if not ckpt.get("val") or args.mirror != "mean":
+        return None
     labels, scores = (ckpt["val"][k].numpy() for k in ("labels", "scores"))
-    rate, threshold = eer.eer(labels, scores)
-    print(f"score {s:.4f}: {'same person' if s >= threshold else 'different people'} (threshold {threshold:.4f},"
-          f" where the validation EER is {100 * rate:.2f} %)")
+    if args.metric in (None, own := "learned" if criterion.score or criterion.projections else "cosine"):
+        return labels, scores
+    return (labels, -np.sqrt(np.maximum(2 - 2 * scores, 0))) if (args.metric, own) == ("euclidean", "cosine") else None
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.usage
-    parser.add_argument("files", nargs="*", metavar="IMAGE", help="two images to compare")
-    parser.add_argument("--ckpt", default="best.pt", help="checkpoint of train.py [best.pt]")
-    parser.add_argument("--data", help="data set to evaluate [the one the checkpoint was trained with]")
-    parser.add_argument("--pairs", help="file of pairs to score instead of a data set's")
-    parser.add_argument("--images", default=".", help="folder that the names in --pairs are relative to [.]")
-    parser.add_argument("--out", default="submission.csv", help="where the scores of unlabelled pairs go"
-                        " [submission.csv]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=device,
-                        help="[%(default)s]")
-    args = parser.parse_args()
-    if len(args.files) not in (0, 2):
-        raise ValueError(f"{len(args.files)} images; give two to compare")
-    if not os.access(Path(args.out).resolve().parent, os.W_OK):
-        raise ValueError(f"{args.out}: its folder is not there or is read-only; give another --out")
-    ckpt = load(args.ckpt)
-    a = ckpt["args"]
-    net, criterion = build(ckpt, args.device)
-    if args.files:
-        return two_images(net, criterion, ckpt, args.files)
+def threshold_of(known, far):
+    """(threshold, why) from known_pairs(): the EER's, or the lowest that keeps a false accept rate."""
+    if not far:
+        rate, threshold = eer.eer(*known)
+        return threshold, f"where the validation EER is {eer.percent(rate)}"
+    n = int((known[0] == 0).sum())
+    return eer.at_far(*known, far), f"for FAR {far:g} on validation" + (
+        "" if far * n >= 1 else f"; {n} impostor pairs cannot tell so low a rate, it lies above them all")
+
+
+def two_images(net, criterion, ckpt, args):
+    """The score of two image files and what the validation pairs say about it: (result, text, {})."""
+    images = np.stack([data.decode(f, ckpt["args"]["size"]) for f in args.files])
+    project, similarity = metric_of(criterion, args.metric)
+    pairs = data.Pairs(args.files, np.array([0]), np.array([1]), None)
+    s = float(score(embed(net, images, project, args.mirror), pairs, similarity)[0])
+    if not (known := known_pairs(net, criterion, ckpt, args)):
+        return dict(score=s), f"score {s:.4f}; {NO_THRESHOLD}", {}
+    (threshold, why), (genuine, impostor) = threshold_of(known, args.far), eer.split(*known)
+    result = dict(score=s, same=bool(s >= threshold), threshold=threshold, genuine_lower=float((genuine < s).mean()),
+                  impostor_higher=float((impostor >= s).mean()))
+    lower, higher = 100 * result["genuine_lower"], 100 * result["impostor_higher"]
+    return result, (
+        f"score {s:.4f}: {'same person' if result['same'] else 'different people'} (threshold {threshold:.4f}, {why})\n"
+        f"of a hundred genuine validation pairs {lower:.3g} score lower, of a hundred impostor pairs {higher:.3g} as"
+        f" high or higher ({len(genuine)} and {len(impostor)} pairs)"), {}
+
+
+def save_embeddings(path, z, files, names=None):
+    """z (N, D) as path, in float16 if that ends in .f16.npy, and beside it a .txt: image, tab, identity if known."""
+    path, buffer = Path(path).with_suffix(".npy"), io.BytesIO()
+    np.save(buffer, np.asarray(z, np.float16 if path.stem.endswith(".f16") else np.float32))
+    data.write(path, buffer.getbuffer())
+    rows = "".join(f"{f}\t{n}\n" for f, n in zip(files, names or [""] * len(files)))
+    data.write(path.with_suffix(".txt"), rows.encode("utf-8", "surrogateescape"))
+
+
+def embedded(net, ckpt, args, folder, project):
+    """(embeddings (N, D), files, identities or None) of a folder in any layout, or of what save_embeddings() wrote."""
+    if str(folder).endswith(".npy"):
+        z, listing = np.load(folder, mmap_mode="r"), Path(folder).with_suffix(".txt")
+        rows = [row.partition("\t") for _, row in data.lines(listing)]
+        if len(z) != len(rows):
+            raise ValueError(f"{listing}: {len(rows)} lines, but {folder} has {len(z)} embeddings; save them anew")
+        return z, [f for f, _, _ in rows], [name or Path(f).stem for f, _, name in rows]
+    files, names = data.read_named(folder)
+    images, good = data.pack(files, ckpt["args"]["size"], data.cache_folder(folder), "faces")
+    z = embed(net, images, project, args.mirror, rows=good).numpy()
+    return z, [files[i] for i in good], names and [names[i] for i in good]
+
+
+def truth_of(folder, n):
+    """Who n flat probes are, where the older Kaggle's CSV beside their folder tells; not beside a test folder."""
+    for path in (Path(folder).parent / name for name in ("verification_dev.csv", "dev_identities.csv")):
+        if path.is_file() and "test" not in Path(folder).name:
+            with open(path, newline="", encoding="utf-8-sig") as f:
+                labels = [row.get("label") for row in csv.DictReader(f)]
+            if len(labels) != n or None in labels:
+                raise ValueError(f"{path}: {len(labels)} rows for the {n} images of {folder}; it takes a column label"
+                                 " and a row for each image, in the order of their names")
+            return labels
+
+
+def identification(scores, hits, mated, fars=(1e-3, 1e-2, 1e-1)):
+    """Rates in 0..1 of a search: scores (P,) of the best match, hits (P, k) whether match k is right, mated (P,)
+    whether the gallery holds that person. rank1, rank5: of the mated probes. 'dir@far=1e-2' and its like: detection
+    and identification, the mated probes whose first match is right and above the threshold that a share far of the
+    others exceeds (Phillips, Grother and Micheals 2011); NaN where fewer than 1/far others cannot tell."""
+    others, first = int((~mated).sum()), hits[mated, 0]
+    if not mated.any():
+        return dict(mated=0, unmated=others)
+    out = dict(rank1=first.mean(), rank5=hits[mated, :5].any(1).mean(), mated=int(mated.sum()), unmated=others)
+    for f in fars:
+        out["dir@far=" + f"{f:.0e}".replace("e-0", "e-")] = np.nan if f * others < 1 else np.mean(
+            first & (scores[mated] >= eer.at_far(mated, scores, f)))
+    return {k: v if isinstance(v, int) else float(v) for k, v in out.items()}
+
+
+def identify(net, criterion, ckpt, args):
+    """The best match of each probe, or none: (result, text, {}). Writes --out, and ranks.png with --plots."""
+    project, similarity = metric_of(criterion, args.metric)
+    z, files, names = embedded(net, ckpt, args, args.gallery, project)
+    if args.save_embeddings:
+        save_embeddings(args.save_embeddings, z, files, names)
+    if not args.probes:
+        return dict(images=len(z)), f"{len(z)} images of {args.gallery}: {args.save_embeddings or 'give --probes'}", {}
+    people, labels = np.unique(names or [Path(f).stem for f in files], return_inverse=True)
+    first = np.unique(labels, return_index=True)[1]                              # an image of each
+    if len(people) < len(z):
+        z = centroids(torch.from_numpy(np.array(z, np.float32)), labels, len(people)).numpy()
+    else:                                                                        # as it is, perhaps beyond memory
+        people, first = people[labels], np.arange(len(z))
+    p, probes, truth = embedded(net, ckpt, args, args.probes, project)
+    truth = truth or truth_of(args.probes, len(probes))
+    scores, found = search(z, p, 5, similarity=similarity)                       # (P, 5)
+    known = known_pairs(net, criterion, ckpt, args)
+    threshold, why = threshold_of(known, args.far) if known else (-np.inf, NO_THRESHOLD)
+    right, told = scores[:, 0] >= threshold, people[found]
+    answers, out = np.where(right, told[:, 0], "n000000"), args.out or "identification.csv"
+    write_csv(out, ["id", "label"], enumerate(answers))
+    result = dict(threshold=threshold if known else None, probes=[
+        dict(image=f, match=str(a) if ok else None, score=float(s), nearest=n.tolist())
+        for f, a, ok, s, n in zip(probes, answers, right, scores[:, 0], told)])
+    text = [f"{r['image']}  {r['match'] or 'no match'}  {r['score']:.4f}" for r in result["probes"]]
+    text.append(f"{len(probes)} probes among {len(people)} people: {out}; threshold {threshold:.4f}, {why}")
+    hits = np.zeros(found.shape, bool)
+    if truth:
+        hits, mated = told == np.array(truth)[:, None], np.isin(truth, people)
+        rates = identification(scores[:, 0], hits, mated)
+        result |= rates | dict(accuracy=float(np.mean(np.where(mated, hits[:, 0] & right, ~right))))
+        text.append("   ".join(f"{k} {v if isinstance(v, int) else eer.percent(v)}" for k, v in result.items()
+                               if k not in ("threshold", "probes")))
+    if args.plots:
+        tiles = []
+        for i in np.unique(np.linspace(0, len(probes) - 1, 8).astype(int)):
+            tiles.append((data.decode(probes[i], 112), f"probe\n{truth[i] if truth else Path(probes[i]).stem}", None))
+            for j, s, hit in zip(found[i], scores[i], hits[i]):
+                caption = f"{s:.3f}{'' if s >= threshold else ', no match'}\n{people[j]}"
+                colour = "#3a9d5d" if hit else "#d1495b" if truth and s >= threshold else None
+                tiles.append((data.decode(files[first[j]], 112), caption, colour))
+        data.sheet(plots(args) / "ranks.png", "Probes and the five nearest people of the gallery", [
+            (f"threshold {threshold:.4f}" + "; green: that person, red: accepted, but somebody else" * bool(truth),
+             1 + found.shape[1], tiles)])
+    return result, "\n".join(text), {}
+
+
+# ---- Pictures and tables ---------------------------------------------------------------------------------------
+
+def plots(args):
+    Path(args.plots).mkdir(parents=True, exist_ok=True)
+    return Path(args.plots)
+
+
+def draw_scores(folder, judged):
+    """roc.png and scores.png of judged: {name: (labels, scores)}."""
+    roc, det, panels = {}, {}, []
+    for i, (name, (labels, scores)) in enumerate(judged.items()):
+        (rate, threshold), (far, tar, _) = eer.eer(labels, scores), eer.roc(labels, scores)
+        for series, tars, at in ((roc, tar, 1 - rate), (det, 1 - tar, rate)):
+            series[f"{name}, EER {eer.percent(rate)}"] = 100 * far, 100 * tars, "line", i
+            series[f"_{name}"] = [100 * rate], [100 * at], "points", i
+        edges = np.linspace(scores.min(), scores.max() + 1e-9, 41)
+        bars = [100 * np.histogram(scores[labels == y], edges)[0] / (labels == y).sum() for y in (0, 1)]
+        panels.append((name, "score", "% of the pairs", {
+            "impostor": (edges, bars[0], "bars", 1), "genuine": (edges, bars[1], "bars", 0),
+            f"threshold {threshold:.3f}": ([threshold] * 2, [0, np.max(bars)], "line", 3)}))
+    data.plot(folder / "roc.png", [
+        ("ROC; dot: equal error rate", "false accept rate, %", "true accept rate, %", roc, "logx"),
+        ("DET; dot: equal error rate", "false accept rate, %", "false reject rate, %", det, "logx logy")], 480, 360)
+    data.plot(folder / "scores.png", panels)
+
+
+def draw_hardest(path, images, pairs, scores, threshold, most=8):
+    """The impostor pairs of highest and the genuine pairs of lowest score; those on the wrong side are framed."""
+    def tile(i):
+        files = [Path(pairs.files[side[i]]).stem for side in (pairs.left, pairs.right)]
+        one, two = images[[pairs.left[i], pairs.right[i]]]
+        both = np.concatenate([one, np.full_like(one, 255)[:, :images.size // 24 + 1], two], 1)
+        wrong = (scores[i] >= threshold) != pairs.labels[i]
+        return both, f"{scores[i]:.3f}\n{files[0]}\n{files[1]}", "#d1495b" if wrong else None
+
+    order, same = np.argsort(scores, kind="stable"), pairs.labels == 1
+    data.sheet(path, f"The hardest pairs; framed: errors at threshold {threshold:.4f}", [
+        (f"{what}: {((scores >= threshold) != same)[same == y].sum()} of {(same == y).sum()} are {error}", 4,
+         [tile(i) for i in ranked[same[ranked] == y][:most]])
+        for what, y, error, ranked in (("two people, most alike", False, "accepted", order[::-1]),
+                                       ("one person, least alike", True, "rejected", order))])
+
+
+def plane(net, criterion, train, people=10):
+    """A panel of 2-D embeddings of the first people's training images, and their class weights as rays."""
+    images, labels, rows = train
+    rows = rows[labels[rows] < people][:2000]
+    z, series = embed(net, images, mirror="none", unit=False, rows=rows).numpy(), {}
+    for c in np.unique(labels[rows]):
+        if criterion.weight is not None:
+            ray = F.normalize(criterion.weight[c].detach().cpu(), dim=0).numpy() * np.linalg.norm(z, axis=1).max()
+            series[f"_ray {c}"] = [0, ray[0]], [0, ray[1]], "line", c
+        series[f"_{c}"] = *z[labels[rows] == c].T, "points", c
+    return criterion.spec, "first number of the embedding", "second", series, "equal"
+
+
+def compare(folders):
+    """Runs of train.py, lowest validation EER first: (result, Markdown table)."""
+    runs = []
+    for folder in map(Path, folders):
+        try:
+            ckpt, log = load(folder / "best.pt"), list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+        except (ValueError, OSError) as e:
+            print(f"left out: {e}", file=sys.stderr)
+            continue
+        modules, val = build(ckpt), ckpt.get("val") and [ckpt["val"][k].numpy() for k in ("labels", "scores")]
+        r = eer.report(*val) if val else {"eer": np.nan, "tar@far=1e-2": np.nan}
+        runs.append({"run": str(folder), "loss": modules[1].spec, "arch": ckpt["args"]["arch"], "epochs": len(log),
+                     "EER": r["eer"], "TAR at FAR 1e-2": r["tar@far=1e-2"],
+                     "accuracy on dev": float(min(log, key=lambda row: float(row["eer"]))["acc"]),
+                     "seconds": round(float(log[-1]["seconds"])),
+                     "parameters": sum(w.numel() for m in modules for w in m.parameters())})
+    if not runs:
+        raise ValueError(f"{' '.join(folders)}: no run of train.py with a best.pt and a log.csv; name runs/*")
+    runs.sort(key=lambda r: np.nan_to_num(r["EER"], nan=2))
+    shown = {float: eer.percent, int: "{:,}".format, str: str}
+    return {"runs": runs}, eer.table([list(runs[0])] + [[shown[type(v)](v) for v in r.values()] for r in runs])
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------
+
+def judge(net, criterion, ckpt, args):
+    """A checkpoint on pairs and, on its own data set, on dev and test: (result, text, drawn). drawn holds what pictures
+    need: val (Images, Pairs, scores), train (Images, labels, rows)."""
+    a, classes, faces = ckpt["args"], len(ckpt["names"]), None
     if args.pairs:
         pairs, root = data.read_pairs(args.pairs, args.images), Path(args.images)
         sets = {"val_pairs" if pairs.labels is not None else "test_pairs": pairs}
-        faces = None
     else:
         faces = data.load(args.data or a["data"], a["holdout"], a["seed"])
         root, sets = faces.root, {k: getattr(faces, k) for k in ("val_pairs", "test_pairs") if getattr(faces, k)}
@@ -223,14 +485,137 @@ def main():
             raise ValueError(f"{root}: neither val_pairs nor test_pairs; give --pairs and --images")
     cache = data.cache_folder(root)
     sets = {k: pack_pairs(p, a["size"], cache, k) for k, p in sets.items()}
+    if faces and faces.names == ckpt["names"]:
+        for k in ("train",) * (criterion.weight is None or bool(args.plots)) + ("dev", "test"):
+            if getattr(faces, k) and getattr(faces, k)[1] is not None:
+                images, good = data.pack(getattr(faces, k)[0], a["size"], cache, k)
+                sets[k] = images, getattr(faces, k)[1], good
+    lines, embeddings, drawn = [faces.note] if faces and faces.note else [], [], {"train": sets.get("train")}
+    result = {}
     if "val_pairs" in sets:
-        print(f"{sets['val_pairs'][1].path or faces.note}\n"
-              + eer.show(evaluate(net, criterion, {"val_pairs": sets["val_pairs"]}, len(ckpt["names"]))))
-    if "test_pairs" in sets:
-        images, pairs = sets["test_pairs"]
-        scores = score(embed(net, images, criterion.project), pairs, criterion.score)
-        write_submission(args.out, scores, root)
-        print(f"{len(scores)} pairs of {pairs.path} scored: {args.out}")
+        images, pairs = sets["val_pairs"]
+        result = evaluate(net, criterion, {"val_pairs": sets["val_pairs"]}, classes, args.metric, args.mirror)
+        scores, same = result.pop("scores"), pairs.labels == 1
+        drawn["val"] = images, pairs, scores
+        embeddings.append((result.pop("embeddings"), pairs.files))
+        lines += [str(pairs.path)] * bool(pairs.path) + [eer.show(result)]
+        if pairs.folds is not None:
+            mean, error = eer.folds_accuracy(pairs.labels, scores, pairs.folds)
+            result |= dict(folds_acc=mean, folds_error=error)
+            lines.append(f"accuracy over {len(set(pairs.folds))} folds {100 * mean:.2f} +- {100 * error:.2f} %"
+                         " (standard error; each at the threshold that is best on the others)")
+        if args.threshold_from:
+            known = known_pairs(net, criterion, ckpt, args)
+            threshold = eer.at_far(*known, args.far) if args.far else eer.best_threshold(*known)
+            far, tar = eer.rates(*eer.split(pairs.labels, scores), threshold)
+            moved = dict(threshold=threshold, acc=np.mean((scores >= threshold) == same), far=far, frr=1 - tar)
+            result["threshold_from"] = {k: float(v) for k, v in moved.items()}
+            lines.append(f"at threshold {threshold:.4f} of {args.threshold_from}: accuracy {eer.percent(moved['acc'])},"
+                         f" FAR {eer.percent(far)}, FRR {eer.percent(1 - tar)}")
+    for k in [k for k in ("dev", "test") if k in sets]:
+        result[f"{k}_acc1"], result[f"{k}_acc5"] = top = closed_set(net, criterion, sets[k], sets.get("train"), classes)
+        lines.append(f"{k}, closed set: top-1 {eer.percent(top[0])}, top-5 {eer.percent(top[1])}")
+    if {"dev_acc1", "eer"} <= set(result):
+        result["combined"] = 0.5 * result["dev_acc1"] + 0.5 * (1 - result["eer"])
+        lines.append(f"combined score, 0.5 top-1 on dev + 0.5 (1 - EER): {result['combined']:.4f}")
+    if "test_pairs" in sets and len(args.ckpt) == 1:
+        (images, pairs), (project, similarity) = sets["test_pairs"], metric_of(criterion, args.metric)
+        embeddings.append((embed(net, images, project, args.mirror), pairs.files))
+        write_submission(args.out or "submission.csv", score(embeddings[-1][0], pairs, similarity), root)
+        lines.append(f"{len(pairs.left)} pairs of {pairs.path} scored: {args.out or 'submission.csv'}")
+    if args.save_embeddings:
+        z, files = zip(*embeddings)
+        save_embeddings(args.save_embeddings, torch.cat(z), sum(files, []))
+    return result, "\n".join(lines), drawn
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.usage
+    parser.add_argument("files", nargs="*", metavar="IMAGE", help="two images to compare")
+    parser.add_argument("--ckpt", nargs="+", default=["best.pt"], help="checkpoint of train.py; several, and CSV files"
+                        " of label,score, are judged one after the other [best.pt]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=device,
+                        help="[%(default)s]")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of these folders of train.py")
+    g = parser.add_argument_group("what to judge")
+    g.add_argument("--data", help="data set to evaluate [the one the checkpoint was trained with]")
+    g.add_argument("--pairs", help="file of pairs to score instead of a data set's: the homework's .txt or .csv, LFW's"
+                   " pairs.txt or pairsDevTest.txt")
+    g.add_argument("--images", default=".", help="folder that the names in --pairs are relative to [.]")
+    g.add_argument("--gallery", metavar="DIR", help="images of known people, a folder each or flat, or embeddings that"
+                   " --save-embeddings wrote (.npy)")
+    g.add_argument("--probes", metavar="DIR", help="images to find in the gallery, likewise; sub-folders, or a"
+                   " verification_dev.csv beside the folder, tell who they are")
+    g = parser.add_argument_group("how")
+    g.add_argument("--metric", choices=["cosine", "euclidean", "learned"], help="similarity of two embeddings [learned"
+                   " where the loss has one, otherwise cosine]")
+    g.add_argument("--mirror", choices=["mean", "concat", "none"], default="mean", help="what becomes of the embeddings"
+                   " of an image and its mirror image [mean]")
+    g.add_argument("--far", type=float, help="decide at the threshold of this false accept rate, such as 1e-3 [at the"
+                   " equal error rate's]")
+    g.add_argument("--threshold-from", metavar="FILE", help="choose the threshold on these labelled pairs, images in"
+                   " --images [on the checkpoint's validation pairs]")
+    g = parser.add_argument_group("what to write")
+    g.add_argument("--out", help="scores of unlabelled pairs, or the probes' identities [submission.csv,"
+                   " identification.csv]")
+    g.add_argument("--plots", metavar="DIR", help="roc.png, scores.png, hardest.png and scores.csv; ranks.png for"
+                   " --probes; embeddings.png for checkpoints of --dim 2 [none]")
+    g.add_argument("--save-embeddings", metavar="FILE.npy", help="the embeddings of the pairs' or the gallery's images,"
+                   " with FILE.txt listing the images; float16 for FILE.f16.npy [no]")
+    g.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    args = parser.parse_args()
+    images = [c for c in args.ckpt if os.path.splitext(c)[1].lower() in data.SUFFIXES]      # --ckpt C one.jpg two.jpg
+    args.files, args.ckpt = args.files + images, [c for c in args.ckpt if c not in images]
+    if len(args.files) not in (0, 2):
+        raise ValueError(f"{len(args.files)} images; give two to compare")
+    if args.far is not None and not 0 < args.far < 1:
+        raise ValueError(f"--far {args.far:g}: a rate lies between 0 and 1; give 1e-3 for one in a thousand")
+    if not os.access(Path(args.out or "submission.csv").resolve().parent, os.W_OK):
+        raise ValueError(f"{args.out or os.getcwd()}: that folder is not there or is read-only; give another --out")
+    if args.probes and not args.gallery:
+        raise ValueError("--probes needs --gallery, the images of known people")
+    mode = two_images if args.files else identify if args.gallery else judge
+    if mode is not judge and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
+        raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
+    results, texts, judged, planes, drawn = {}, [], {}, [], {}
+    for path in args.ckpt if not args.compare else ():
+        own = Path(path).resolve()
+        name = own.parent.name if own.stem in ("best", "last") and own.parent.name not in results else own.stem
+        name = path if name in results else name
+        if path.endswith(".csv"):
+            judged[name] = eer.read(path)
+            results[name] = eer.report(*judged[name])
+            texts.append(eer.show(results[name]))
+        else:
+            ckpt = load(path)
+            net, criterion = build(ckpt, args.device)
+            if args.mirror == "concat" and criterion.score and args.metric in (None, "learned"):
+                raise ValueError(f"--mirror concat: {criterion.spec} learned a metric of single embeddings; use mean")
+            results[name], text, drawn = mode(net, criterion, ckpt, args)
+            texts.append(text)
+            if "val" in drawn:
+                judged[name] = drawn["val"][1].labels, drawn["val"][2]
+            if args.plots and ckpt["args"]["dim"] == 2 and drawn.get("train"):
+                planes.append(plane(net, criterion, drawn["train"]))
+        if len(args.ckpt) > 1:
+            texts[-1] = f"{name}:\n{texts[-1]}"
+    if args.compare:
+        results[""], text = compare(args.compare)
+        texts.append(text)
+    elif args.plots and judged:
+        draw_scores(plots(args), judged)
+        if "val" in drawn and len(args.ckpt) == 1:
+            images, pairs, scores = drawn["val"]
+            draw_hardest(plots(args) / "hardest.png", images, pairs, scores, results[name]["threshold"])
+            write_csv(plots(args) / "scores.csv", ["label", "score"], zip(pairs.labels, map(repr, scores.tolist())))
+    if planes:
+        data.plot(plots(args) / "embeddings.png", planes, 300, 300)
+    if args.json:
+        whole = next(iter(results.values())) if len(results) == 1 else results
+        print(json.dumps(json.loads(json.dumps(whole), parse_constant=lambda name: None)))     # NaN becomes null
+    else:
+        print("\n".join(texts))
 
 
 if __name__ == "__main__":
