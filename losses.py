@@ -1024,7 +1024,8 @@ def make(spec, dim, classes, share=(0, 1)):
 def table():
     """The text of --loss help: names, default arguments, the first line of each docstring, recipes."""
     def row(name, f):
-        usage = ":".join(filter(None, (name, ",".join(f"{k}={'auto' if v is None else v}" for k, v in defaults_of(f).items()))))
+        defaults = ",".join(f"{k}={'auto' if v is None else v}" for k, v in defaults_of(f).items())
+        usage = ":".join(filter(None, (name, defaults)))
         return f"  {usage:<62} {f.__doc__.splitlines()[0]}"
     return "\n".join(["losses (a sum: 'ce+0.003*center', arguments: 'arcface:s=32,m=0.3')",
                       *(row(n, f) for n, f in FORMULAS.items()), "recipes",

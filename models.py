@@ -426,7 +426,7 @@ def convnext(variant, dim, size):
             layers.append(ConvNeXtBlock(width, drop * done / (sum(depths) - 1)))
             done += 1
     neck = flat_neck(width, dim, size // 32, norm=[ChannelNorm(width, eps=1e-6)])
-    rule = partial(nn.init.trunc_normal_, std=0.02)
+    rule = partial(nn.init.normal_, std=0.02)            # truncated at +-2 in the paper, a hundred deviations away
     return FaceNet(initialise(layers, rule), initialise(neck, rule))
 
 

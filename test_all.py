@@ -658,7 +658,7 @@ def test_train_spares_scalars_from_decay_and_follows_the_schedule(tmp):
     with mock.patch.object(torch.optim.SGD, "__init__", lambda self, groups, *a, **k: (
             seen.extend(groups), real(self, groups, *a, **k))[1]):
         tiny(tmp, "--loss", "normface", "--opt", "sgd", epochs=1)
-    assert sum(p.numel() for g in seen for p in g["params"]) > 2e6 and len(seen[0]["params"]) > 10      # all of them
+    assert sum(p.numel() for g in seen for p in g["params"]) > 3e5 and len(seen[0]["params"]) > 10      # all of them
     assert all(p.ndim > 1 for p in seen[0]["params"]) and seen[0]["weight_decay"] > 0
     assert all(p.ndim <= 1 for p in seen[1]["params"]) and seen[1]["weight_decay"] == 0
     assert any(p.ndim == 0 for p in seen[1]["params"])                          # the learned scale
@@ -779,9 +779,9 @@ def processes(n, task, folder):
 
 
 def steps(cwd, n, *flags, stop=0):
-    """The losses of each step of train.main on the small set in n processes, which all must have the same, and up to a
-    SIGTERM to the last of them in one step. The network
-    is a layer or two: rounding grows tenfold a step in a deep one with batch norm, in one process as well."""
+    """The losses of each step of train.main on the small set in n processes, which all must have the same, up to a
+    SIGTERM to the last of them. The network is a layer or two: rounding grows tenfold a step in a deep one with batch
+    norm, in one process as well."""
     def net(arch, dim, size):
         return models.FaceNet([nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU()],
                               [nn.Flatten(), nn.Linear(8 * 49, dim), nn.BatchNorm1d(dim)])
@@ -808,8 +808,8 @@ def steps(cwd, n, *flags, stop=0):
 
 def test_distributed_training_equals_one_process(tmp):
     """Twenty steps in 1, 2 and 4 processes, of unequal parts of the batch and of the classes, and handed over from four
-    to one to two of them."""
-    flags = ("--loss", "curricular:sample=0.8+0.1*triplet+0.003*center", "--ema", ".9", "--epochs", 5, "--opt", "sgd",
+    to one to two of them. Mining takes all triplets: which are semi-hard may turn on a rounding error."""
+    flags = ("--loss", "curricular:sample=0.8+0.1*triplet:mining=all+0.003*center", "--ema", ".9", "--epochs", 5, "--opt", "sgd",
              "--lr", 5e-3, "--out")
     runs = {n: steps(tmp, n, *flags, n, *["--shard"] * (n > 1)) for n in (1, 2, 4)}
     runs["chain"] = (steps(tmp, 4, *flags, "chain", "--shard", stop=7)
@@ -1201,20 +1201,18 @@ def test_models_train_save_and_load():
         steps = torch.optim.SGD([{"params": net.parameters(), "lr": 1e-5 if rough else 0.05},
                                  {"params": head.parameters(), "lr": 0.2}])
         some, losses = slice(8 if rough else 4), []
-        for step in range(4):
+        for step in range(3):
             torch.manual_seed(1)                            # the same dropout each time
-            with torch.set_grad_enabled(step < 3):
-                out = net(images[some])
-                loss = nn.functional.cross_entropy(head(4 * nn.functional.normalize(out)), labels[some])
+            out = net(images[some])
+            loss = nn.functional.cross_entropy(head(4 * nn.functional.normalize(out)), labels[some])
             losses.append(loss.item())
-            if step < 3:
-                steps.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), 1, error_if_nonfinite=True)
-                steps.step()
+            steps.zero_grad(set_to_none=False)
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1, error_if_nonfinite=True)
+            steps.step()
         assert out.shape[1:] == (16,) and losses[-1] < losses[0], (arch, losses)
         state = net.state_dict()
-        if count(net) < 3e7:                                # through a file, where the clock allows it
+        if count(net) < 1e7:                                # through a file, where the clock allows it
             file = io.BytesIO()
             torch.save(state, file)
             state = torch.load(io.BytesIO(file.getvalue()))
@@ -1249,7 +1247,7 @@ def test_models_sizes_memory_format_autocast_and_fold():
             assert (last - want).abs().max() < 1e-4 * want.abs().max(), arch
         for kind in (torch.float16, torch.bfloat16):
             with torch.autocast("cpu", kind):
-                out = net.train()(images)
+                out = net.train()(images[:2, :, :32, :32])
             assert out.isfinite().all(), (arch, kind)
         out.float().square().mean().backward()              # not in float16: that takes minutes on a CPU
         assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad), arch
@@ -1626,7 +1624,8 @@ def test_losses_answer_mistakes():
                         ("facenet:m=1", "stands for"), ("1e+*ce", "numbers"), ("-1*ce", "weight"), ("1e999*ce", "weight"),
                         ("arcface:sample=2", "0..1"), ("arcface:sample=0", "0..1"), ("normface:learn=maybe", "expected bool"),
                         ("subcenter:k=1.5", "expected int"), ("tse+groupface", "embedding"), ("", "cannot read"),
-                        ("sphereface2:alpha=1", "numbers"), ("magface:low=9,high=9", "numbers"), ("ce:smooth=3", "0..1"), ("multisim:alpha=0", "numbers"),
+                        ("sphereface2:alpha=1", "numbers"), ("magface:low=9,high=9", "numbers"),
+                        ("ce:smooth=3", "0..1"), ("multisim:alpha=0", "numbers"),
                         ("0.5*npair+regular", "ce+regular"), ("arcface:s=3,s=4", "twice")):
         try:
             losses.make(spec, 8, 6)
@@ -1832,10 +1831,12 @@ def slow_distributed_classes(tmp):
                     loss.backward()
                     opt.step()
                     spent.append(time.perf_counter() - since)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent[0], float(np.median(spent[1:])), loss.item()
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return after - before, sent[0], float(np.median(spent[1:])), loss.item()
         memory, sent, seconds, loss = processes(n, task, tmp)[0]
         close(loss, seen.setdefault(classes, loss), 1e-4, "the loss after six steps")
-        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory / 2 ** 10:7.0f} MiB, {sent / 1e3:6.0f} kB,"
+        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory / 2 ** 10:7.0f} MiB,"
+              f" {sent / 1e3:6.0f} kB,"
               f" {seconds * 1e3:6.0f} ms, loss {loss:.4f}", flush=True)
 
 
