@@ -1716,14 +1716,16 @@ def slow_losses_memorise_people_through_train(tmp):
     for name in losses.LOSSES:
         spec = ("ce+0.01*" if name in SHAPES or name == "regular" else "") + name
         spec += ":k=1" if name == "subcenter" else ":mining=all" if name == "triplet" else ""
+        lr = dict(l2softmax=1e-2, tse=1e-2, tpe=1e-2, npair=1e-3).get(name, 3e-3)
         flags = ("--data", tmp / "set", "--arch", "swiftface", "--dim", 64, "--batch-size", 8, "--per-person", 2,
-                 "--epochs", 50, "--lr", 3e-3, "--amp", "off", "--loss", spec, *plain)
+                 "--epochs", 50, "--lr", lr, "--amp", "off", "--loss", spec, *plain)
         whole, parts = (tmp / name / out for out in ("whole", "parts"))
         with quick[0], quick[1]:
-            for out, steps, more in ((whole, 20, ()), (parts, 7, ()), (parts, 20, ["--resume"]), (whole, 100, ["--resume"])):
+            for out, start, steps in ((whole, flags, 20), (parts, flags, 7), (parts, ["--resume"], 20),
+                                      (whole, ["--resume"], 100)):
                 if steps == 100:
                     same(*(verify.load(f / "last.pt") for f in (whole, parts)), name)
-                assert run(train, *([] if more else flags), *more, "--out", out, "--steps", steps, cwd=tmp)[0] == 0, name
+                assert run(train, *start, "--out", out, "--steps", steps, cwd=tmp)[0] == 0, name
         whole = verify.load(whole / "last.pt")
         print(f"    {spec}: EER {whole['best']:.3f}", flush=True)
         missed += [spec] * (whole["best"] > 0)
