@@ -1188,12 +1188,13 @@ def test_models_counts():
     assert net(torch.randn(2, 3, 32, 32)).std() > 0.5       # the layers that counting skips are back
 
 
-def test_models_train_save_and_load():
+def train_save_and_load(archs):
+    """Three steps lower the loss; a saved network, loaded into another, gives the same embedding."""
     torch.manual_seed(0)
     wave, labels = torch.linspace(0, 12, 32).sin(), torch.arange(8) % 2     # lying and standing stripes
     images = torch.where(labels[:, None, None, None] == 0, wave[:, None], wave[None, :])
     images = images + 0.1 * torch.randn(8, 3, 32, 32)
-    for arch in models.ARCHS:
+    for arch in archs:
         torch.manual_seed(0)
         net, head = models.make(arch, dim=16, size=32).train(), nn.Linear(16, 2)
         # On 1x1 maps the loss of deep nets of batch norm is rough: all images, and tiny backbone steps.
@@ -1220,6 +1221,14 @@ def test_models_train_save_and_load():
         twin.load_state_dict(state, assign=True)
         with torch.no_grad():
             assert torch.equal(net.eval()(images[:1]), twin.eval()(images[:1])), arch
+
+
+def giant(arch):
+    return count(on_meta(arch, 16, 32)) > 3e7
+
+
+def test_models_train_save_and_load():
+    train_save_and_load([arch for arch in models.ARCHS if not giant(arch)])
 
 
 SMALL = ("lenetpp", "alexnet", "vgg11", "googlenet", "lightcnn29", "resnet18", "seresnet50", "sphere10",
@@ -1870,6 +1879,11 @@ def slow_losses_cost():
             del head
     beyond = {n: round(float(r), 2) for n, r in over.items() if r > 1.5 and n not in ("subcenter", "groupface")}
     assert not beyond, beyond
+
+
+def slow_models_giants_train_save_and_load():
+    """The architectures of more than 30 million parameters, which take more than half of the suite's two minutes."""
+    train_save_and_load(filter(giant, models.ARCHS))
 
 
 def slow_models_speed():
