@@ -426,7 +426,7 @@ def convnext(variant, dim, size):
             layers.append(ConvNeXtBlock(width, drop * done / (sum(depths) - 1)))
             done += 1
     neck = flat_neck(width, dim, size // 32, norm=[ChannelNorm(width, eps=1e-6)])
-    rule = partial(nn.init.normal_, std=0.02)            # truncated at +-2 in the paper, a hundred deviations away
+    rule = partial(nn.init.normal_, std=0.02)            # the authors' code truncates at +-2, a hundred deviations away
     return FaceNet(initialise(layers, rule), initialise(neck, rule))
 
 
@@ -439,7 +439,7 @@ def swiftface(kind, dim, size):
     """For CPUs and quick experiments, and for small images: 48 pixels are enough, 64 for the larger kind. The residual
     blocks of ResNet-18, few and narrow, behind one 3x3 stem of stride 2, and the whole map, an eighth of the image's
     side, in the neck. No depthwise filters, no squeeze-excite: a CPU is quick at dense 3x3 convolutions and slow at
-    all that is not. Where seconds count, three times as many images beat three times as many multiply-adds.
+    all that is not.
     """
     stem, *rows = SWIFT[kind]
     layers = conv_bn(3, stem, 3, 2) + stages(partial(basic, se=False), stem, rows)
