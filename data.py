@@ -457,29 +457,37 @@ def augment(x, strength, part=None):
     angle, scale = u[:, 0] * math.radians(s.rotate), torch.exp(u[:, 1] * math.log1p(s.zoom))
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     flip = torch.where(u[:, 2] < 2 * s.mirror - 1, -1.0, 1.0)
-    at, x = torch.arange(side, device=x.device) - (side - 1) / 2, x.reshape(-1, 3)
+    at = torch.arange(side, device=x.device) - (side - 1) / 2
 
-    def coordinate(across, down, shift):                                        # (B, S, S), which pixel to look up
-        lines = [(step[:, None] * at * 65536).int() for step in (across, down)]
-        middle = ((side / 2 + side * s.shift * shift) * 65536).int()
-        return (lines[0][:, None] + (lines[1] + middle[:, None])[:, :, None]).clamp_(0, (side << 16) - 1) >> 16
+    def lines(across, down, shift):                         # what a column and what a row add to a coordinate
+        middle = ((side / 2 + side * s.shift * shift) * 65536).int()[:, None]
+        across, down = ((step[:, None] * at * 65536).int() for step in (across, down))
+        return across[:, None], (down + middle)[:, :, None]
 
-    index = coordinate(cos * flip, -sin, u[:, 3]).add_(coordinate(sin * flip, cos, u[:, 4]), alpha=side)
-    index += torch.arange(0, b * side * side, side * side, dtype=torch.int32, device=x.device)[:, None, None]
-    x = x.index_select(0, index.view(-1)).view(b, -1, 3).float().transpose(1, 2)                # (B, 3, S S)
+    columns, rows = lines(cos * flip, -sin, u[:, 3]), lines(sin * flip, cos, u[:, 4])
     # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y
-    grey = x.new_tensor([0.299, 0.587, 0.114])
+    grey = u.new_tensor([0.299, 0.587, 0.114])
     bright, contrast, colour = (1 + u[:, 5:8] * u.new_tensor([s.brightness, s.contrast, s.saturation])).T
     matrix = (bright * contrast)[:, None, None] * (colour[:, None, None] * torch.eye(3, device=x.device)
-                                                   + (1 - colour)[:, None, None] * grey)
-    offset = (1 - contrast) * bright * (x.mean(2) @ grey)
-    x = torch.baddbmm(offset.view(b, 1, 1) / 127.5 - 1, matrix / 127.5, x).clamp_(-1, 1).view(b, 3, side, side)
-    if s.erase:                                                                 # a grey box of 10..40 % a side
-        half, centre = 0.25 + 0.15 * u[:, 8:10, None], u[:, 10:12, None]        # in half sides
-        chosen = (u[:, 12] < 2 * s.erase - 1)[:, None, None]
-        inside = ((at * 2 / side - centre).abs() < half * chosen).float()       # (B, 2, S)
-        x *= (1 - inside[:, 0, :, None] * inside[:, 1, None])[:, None]
-    return x
+                                                   + (1 - colour)[:, None, None] * grey) / 127.5
+    offset = (1 - contrast) * bright * (x[:, ::4, ::4].float().mean((1, 2)) @ grey) / 127.5 - 1
+    half, centre = 0.25 + 0.15 * u[:, 8:10, None], u[:, 10:12, None]            # a grey box of 10..40 % a side
+    chosen = (u[:, 12] < 2 * s.erase - 1)[:, None, None]
+    kept = 1 - ((at * 2 / side - centre).abs() < half * chosen).float()         # (B, 2, S)
+
+    out, block = u.new_empty(b, 3, side, side), 32 if x.device.type == "cpu" else b     # what a CPU's cache holds
+    for q in (slice(i, i + block) for i in range(0, b, block)):
+        where = [(c[q] + r[q]).clamp_(0, (side << 16) - 1).bitwise_right_shift_(16) for c, r in (columns, rows)]
+        n, index = len(where[0]), where[1].mul_(side).add_(where[0])            # (n, S, S), which pixel to look up
+        index += torch.arange(0, n * side * side, side * side, dtype=torch.int32, device=x.device)[:, None, None]
+        pixels = x[q].reshape(-1, 3).T
+        planes = torch.stack([p.index_select(0, index.view(-1)) for p in pixels]).view(3, n, -1)
+        torch.bmm(matrix[q], planes.transpose(0, 1).float(), out=out[q].view(n, 3, -1))
+        out[q].add_(offset[q, None, None, None]).clamp_(-1, 1)
+        if s.erase:
+            rows_kept, columns_kept = kept[q, 0, :, None], kept[q, 1, None]
+            out[q].mul_(torch.maximum(rows_kept, columns_kept)[:, None])
+    return out
 
 
 # ---- Synthetic faces: for a machine without data ---------------------------------------------------------------

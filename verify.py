@@ -81,12 +81,13 @@ def build(ckpt, device="cpu"):
 
 
 @torch.no_grad()
-def embed(model, images, project=None, mirror="mean", unit=True, batch_size=256, rows=None):
+def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None, rows=None):
     """uint8 images (N, S, S, 3), an array or data.Images -> unit embeddings (N, D) on the CPU, or the
     unnormalised ones with unit=False. rows selects images by number. mirror: mean of the embeddings of image and
     mirror image, their concat, or none. project is the loss's own last layer, where it has one.
     ValueError if an embedding is not finite. Under torchrun each process embeds a part, and all receive all."""
     device = next(model.parameters()).device
+    batch_size = batch_size or (64 if device.type == "cpu" else 256)    # what a CPU's cache holds: twice as quick as 256
     net = models.fold(model).to(memory_format=torch.channels_last)      # in eval mode, batch-norms folded away
     rows, since, out = np.arange(len(images)) if rows is None else np.asarray(rows), time.monotonic(), []
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
