@@ -41,6 +41,7 @@ import models
 import verify
 
 FREE = {"epochs", "steps", "out", "resume", "save_every", "data", "device", "shard"}     # may differ when resuming
+LONG = 16                               # epochs, from which on the augmentation is stronger
 RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # how often torchrun --max-restarts began anew
 COLUMNS = dict(epoch="{:.0f}", step="{:.0f}", loss="{:.3f}", lr="{:.2e}", acc="{:.2%}", eer="{:.2%}", auc="{:.2%}",
                pair_acc="{:.2%}", img_per_s="{:.0f}", seconds="{:.0f}")
@@ -91,9 +92,9 @@ def arguments():
     g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the weights"
                    " that is evaluated and saved, 0 for none [0]")
     g = parser.add_argument_group("augmentation, 0 switches each off")
-    for name, (strength, meaning) in data.AUGMENT.items():
-        g.add_argument(f"--{name}", type=number(float, 0, 90 if name == "rotate" else 1), default=strength,
-                       help=f"{meaning} [{strength}]")
+    for name, (short, long, meaning) in data.AUGMENT.items():
+        g.add_argument(f"--{name}", type=number(float, 0, 90 if name == "rotate" else 1),
+                       help=f"{meaning} [{short}" + f"; {long} from {LONG} epochs on" * (short != long) + "]")
     g = parser.add_argument_group("the run")
     g.add_argument("--out", help="folder of results [runs/<loss>_<arch>, numbered when taken]")
     g.add_argument("--resume", action="store_true", help="go on from OUT/last.pt with its arguments")
@@ -121,6 +122,9 @@ def arguments():
         return args, ckpt, held
     args.lr = args.lr if args.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[args.opt]
     args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]
+    for name, strengths in data.AUGMENT.items():
+        if getattr(args, name) is None:
+            setattr(args, name, strengths[args.epochs >= LONG])
     args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
     losses.make(args.loss, args.dim, 2)                     # typing errors come before minutes of work
     if args.arch not in models.ARCHS:
