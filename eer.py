@@ -159,10 +159,10 @@ def read(path):
     named, values = {"label", "score"} <= set(head), []
     for line, row in rows[named:]:
         try:
-            cells = dict(zip(head if named else ("label", "score"), row, strict=True))
+            cells = dict(zip(head if named else ("label", "score"), row, strict=not named))
             values.append([float(cells["label"]), float(cells["score"])])
-        except ValueError:
-            raise ValueError(f"{path}:{line}: found {','.join(row)[:60]!r}; write label,score, such as 1,0.83") from None
+        except (ValueError, KeyError):
+            raise ValueError(f"{path}:{line}: found {','.join(row)[:60]!r}; write label,score, as in 1,0.83") from None
     if not values:
         raise ValueError(f"{path}: no scores in it; write lines of label,score")
     return np.array(values).T
