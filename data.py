@@ -16,6 +16,7 @@ uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the
 gathered from the pack by index and augmented on the device, each image by its own dice.
 """
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
@@ -77,7 +78,7 @@ def within(folder, name, where):
 
 def read_labels(folder):
     """(files, labels) of a folder with images/ and labels.txt; labels are the file's own integers."""
-    seen, labels, images = {}, [], os.path.join(folder, "images")
+    seen, files, labels, images = {}, [], [], os.path.join(folder, "images")
     for i, line in lines(os.path.join(folder, "labels.txt")):
         where, (name, label) = f"{folder}/labels.txt:{i}", ["", *line.rsplit(None, 1)][-2:]
         if not label.isdecimal() or not name:
@@ -87,10 +88,10 @@ def read_labels(folder):
         if " " in name and not os.path.isfile(os.path.join(images, name)):
             raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name '{name}';"
                              " write '<file> <label>'")
-        within(images, name, where)
         seen[name] = i
+        files.append(within(images, name, where))
         labels.append(int(label))
-    return [os.path.join(images, name) for name in seen], labels
+    return files, labels
 
 
 def images_in(folder):
@@ -317,11 +318,10 @@ class Images:
         return len(self.files)
 
     def __getitem__(self, index):
-        index = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
         if self.rows is None:
             with ThreadPoolExecutor() as pool:
                 return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size), index)))
-        self.touched += index.size
+        self.touched += len(index)
         if self.touched * self.size ** 2 * 3 > 2 ** 28:
             forget(self.rows)
             self.touched = 0
@@ -333,12 +333,10 @@ def cache_folder(root):
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     mark = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:12]
     for folder in (Path(root) / ".packs", home / "face-packs" / mark):
-        try:
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-        except OSError:
-            continue
     raise ValueError(f"{root} is read-only and so is {home}; set XDG_CACHE_HOME to a folder with room for packs")
 
 
@@ -860,10 +858,9 @@ def main():
     faces = load(args.data, args.holdout)
     size, cache = native_size(faces.train[0]), cache_folder(faces.root)
     print(f"{faces.root}{': ' + faces.note if faces.note else ''}")
-    splits = {name: getattr(faces, name) for name in ("train", "dev", "test", "val_pairs", "test_pairs")}
     packs = []
-    for name, split in splits.items():
-        if not split:
+    for name in ("train", "dev", "test", "val_pairs", "test_pairs"):
+        if not (split := getattr(faces, name)):
             continue
         pairs = isinstance(split, Pairs)
         files, labels = (split.files, split.labels) if pairs else split
