@@ -16,6 +16,7 @@ uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the
 gathered from the pack by index and augmented on the device, each image by its own dice.
 """
 import argparse
+import contextlib
 import errno
 import hashlib
 import io
@@ -77,7 +78,7 @@ def within(folder, name, where):
 
 def read_labels(folder):
     """(files, labels) of a folder with images/ and labels.txt; labels are the file's own integers."""
-    seen, labels, images = {}, [], os.path.join(folder, "images")
+    seen, files, labels, images = {}, [], [], os.path.join(folder, "images")
     for i, line in lines(os.path.join(folder, "labels.txt")):
         where, (name, label) = f"{folder}/labels.txt:{i}", ["", *line.rsplit(None, 1)][-2:]
         if not label.isdecimal() or not name:
@@ -87,42 +88,42 @@ def read_labels(folder):
         if " " in name and not os.path.isfile(os.path.join(images, name)):
             raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name '{name}';"
                              " write '<file> <label>'")
-        within(images, name, where)
         seen[name] = i
+        files.append(within(images, name, where))
         labels.append(int(label))
-    return [os.path.join(images, name) for name in seen], labels
+    return files, labels
+
+
+def images_in(folder):
+    """The image files that lie in a folder itself."""
+    return sorted(e.path for e in os.scandir(folder) if os.path.splitext(e.name)[1].lower() in SUFFIXES)
 
 
 def read_people(folder):
     """(files, labels) of a folder with one sub-folder a person; labels are the sub-folders' names."""
-    found = [(f.path, person.name)
-             for person in sorted(os.scandir(folder), key=lambda e: e.name) if person.is_dir()
-             for f in sorted(os.scandir(person), key=lambda e: e.name)
-             if os.path.splitext(f.name)[1].lower() in SUFFIXES]
-    return [f for f, _ in found], [p for _, p in found]
+    people = sorted((e.name, e.path) for e in os.scandir(folder) if e.is_dir() and e.name != "ver_data")
+    found = [(file, name) for name, path in people for file in images_in(path)]
+    return [file for file, _ in found], [name for _, name in found]
 
 
 def read_split(folder):
-    """(files, labels) of a folder in either layout; labels None for images/ without labels.txt, None for none."""
+    """(files, labels) of a folder in any layout; labels None for images/ without labels.txt and for images that lie in
+    the folder itself; ([], None) for no folder."""
     if os.path.isfile(os.path.join(folder, "labels.txt")):
         return read_labels(folder)
     if not os.path.isdir(folder):
-        return None
+        return [], None
     files, labels = read_people(folder)
-    return (files, None) if set(labels or [""]) <= {"images"} else (files, labels)
+    return (files or images_in(folder), None) if set(labels) <= {"images"} else (files, labels)
 
 
-def read_named(folder):
-    """(files, names): read_split() with identities as text; names None for flat images, whose people are not told."""
-    found = read_split(folder)
-    if found is None:
-        raise ValueError(f"{folder}: no such folder; name one with a sub-folder a person, or of images")
-    files, labels = found
-    files = files or [e.path for e in sorted(os.scandir(folder), key=lambda e: e.name)
-                      if os.path.splitext(e.name)[1].lower() in SUFFIXES]
-    if not files:
-        raise ValueError(f"{folder}: no images in it, nor in its sub-folders; name another folder")
-    return files, list(map(str, labels)) if labels else None
+def read_labelled(folder):
+    """read_split() of a folder that must have images of known people."""
+    files, labels = read_split(folder)
+    if not labels:
+        raise ValueError(f"{folder}: no labelled training images; expected labels.txt and images/, or one sub-folder"
+                         " of images a person, there or in cls_data/train")
+    return files, labels
 
 
 def read_lfw(path, folder):
@@ -192,9 +193,9 @@ def find_root(path):
     return path
 
 
-def hold_out(files, labels, share, seed, most=5000):
+def hold_out(files, labels, share, seed):
     """(rest, Pairs): a share of the people with two images or more leaves the training set, and all their genuine
-    pairs (up to 10 a person, `most` in all) and as many impostor pairs are drawn from them."""
+    pairs (up to 10 a person, 5,000 in all) and as many impostor pairs are drawn from them."""
     images = {}
     for i, person in enumerate(labels):
         images.setdefault(person, []).append(i)
@@ -209,14 +210,12 @@ def hold_out(files, labels, share, seed, most=5000):
     for p in held:
         both = list(itertools.combinations(images[p], 2))
         genuine += [both[i] for i in rng.permutation(len(both))[:10]]
-    genuine = [genuine[i] for i in rng.permutation(len(genuine))[:most]]
+    genuine = [genuine[i] for i in rng.permutation(len(genuine))[:5000]]
     impostor = [tuple(rng.choice(images[held[p]]) for p in rng.choice(len(held), 2, replace=False))
                 for _ in genuine]
     ids, ends = np.unique(np.array(genuine + impostor), return_inverse=True)
-    labels01 = np.repeat([1, 0], len(genuine))
-    gone = set(held)
-    return ([i for i, p in enumerate(labels) if p not in gone],
-            Pairs([files[i] for i in ids], *ends.reshape(-1, 2).T, labels01))
+    rest = sorted(i for p in images.keys() - held for i in images[p])
+    return rest, Pairs([files[i] for i in ids], *ends.reshape(-1, 2).T, np.repeat([1, 0], len(genuine)))
 
 
 def load(path, holdout=0.1, seed=0):
@@ -224,11 +223,8 @@ def load(path, holdout=0.1, seed=0):
     (files, labels (n,)) or None, labels None where not told; val_pairs, test_pairs (Pairs or None); note, a line
     about what was decided. ValueError, naming file, line and remedy, for what cannot be used."""
     root = find_root(path)
-    top = root / "cls_data" if (root / "cls_data").is_dir() else root
-    train = read_split(top / "train") if top != root else read_people(root)
-    if not train or not train[0] or train[1] is None:
-        raise ValueError(f"{top}: no labelled training images; expected cls_data/train/labels.txt with images/, or"
-                         " one sub-folder of images a person")
+    splits = root / "cls_data" if (root / "cls_data").is_dir() else None
+    train = read_labelled(splits / "train" if splits else root)
     val, note = find_pairs(root, "val_pairs"), ""
     if val and val.labels is None:
         raise ValueError(f"{val.path}:1: no label; write '<image> <image> <0|1>', and what has no labels to test_pairs")
@@ -240,20 +236,20 @@ def load(path, holdout=0.1, seed=0):
                 f" {len(val.labels)} validation pairs")
     names = sorted(set(train[1]))
     if len(names) < 2:
-        raise ValueError(f"{top}: one person in all; add another, a classifier needs two at least")
+        raise ValueError(f"{root}: one person in all; add another, a classifier needs two at least")
     number = {name: c for c, name in enumerate(names)}
 
-    def numbered(split, folder):
-        if split is None or split[1] is None:
-            return split
-        strange = next((i for i, name in enumerate(split[1]) if name not in number), None)
-        if strange is not None:
-            raise ValueError(f"{folder}: {split[0][strange]} is of '{split[1][strange]}', who is not in the training"
-                             " set; take it out or add images of that person to train")
-        return split[0], np.array([number[name] for name in split[1]])
+    def numbered(files, labels):
+        if not labels:
+            return (files, None) if files else None
+        for file, name in zip(files, labels):
+            if name not in number:
+                raise ValueError(f"{file} is of '{name}', who is not in the training set; take it out or add images of"
+                                 " that person to train")
+        return files, np.array([number[name] for name in labels])
 
-    more = {s: numbered(read_split(top / s), top / s) if top != root else None for s in ("dev", "test")}
-    return SimpleNamespace(root=root, names=[str(n) for n in names], train=numbered(train, top), **more,
+    dev, test = (splits and numbered(*read_split(splits / s)) for s in ("dev", "test"))
+    return SimpleNamespace(root=root, names=list(map(str, names)), train=numbered(*train), dev=dev, test=test,
                            val_pairs=val, test_pairs=find_pairs(root, "test_pairs"), note=note)
 
 
@@ -322,11 +318,10 @@ class Images:
         return len(self.files)
 
     def __getitem__(self, index):
-        index = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
         if self.rows is None:
             with ThreadPoolExecutor() as pool:
                 return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size), index)))
-        self.touched += index.size
+        self.touched += len(index)
         if self.touched * self.size ** 2 * 3 > 2 ** 28:
             forget(self.rows)
             self.touched = 0
@@ -336,14 +331,12 @@ class Images:
 def cache_folder(root):
     """Where packs are kept: root/.packs, or the user's cache where the data is read-only (as Kaggle's is)."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    mark = hashlib.sha256(str(Path(root).resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    mark = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:12]
     for folder in (Path(root) / ".packs", home / "face-packs" / mark):
-        try:
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-        except OSError:
-            continue
     raise ValueError(f"{root} is read-only and so is {home}; set XDG_CACHE_HOME to a folder with room for packs")
 
 
@@ -371,32 +364,31 @@ def pack(files, size, cache, what="images"):
     digest = hashlib.sha256(f"1 {size}".encode())
     for f in files:
         s = os.stat(f)
-        digest.update(f"{f}\0{s.st_size} {s.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        digest.update(os.fsencode(f"{f}\0{s.st_size} {s.st_mtime_ns}\n"))
     stem = cache / f"{what}-{size}-{digest.hexdigest()[:16]}"
     target, listing = stem.with_suffix(".npy"), stem.with_suffix(".unreadable.txt")
     with lock(cache, wait=True):                            # of two runs one decodes, the other finds it done
-        stream = not target.exists() and len(files) * size * size * 3 > 0.9 * shutil.disk_usage(cache).free
-        if not listing.exists() or not (stream or target.exists()):
+        room = len(files) * size * size * 3 < 0.9 * shutil.disk_usage(cache).free
+        if not listing.exists() or room and not target.exists():
             temporary = stem.with_suffix(f".{os.getpid()}.tmp")
             try:
-                rows = None if stream else reserve(temporary, (len(files), size, size, 3))
-                stream = rows is None
+                rows = reserve(temporary, (len(files), size, size, 3)) if room else None
 
                 def one(i):
                     try:
                         a = decode(files[i], size)
-                        if rows is not None:
-                            rows[i] = a
                     except ValueError as e:
-                        return str(e)
+                        return f"{i}\t{e}\n"
+                    if rows is not None:
+                        rows[i] = a
+                    return ""
 
-                bad, since = [], time.monotonic()
+                bad, since = "", time.monotonic()
                 with ThreadPoolExecutor() as pool:
-                    for i, error in enumerate(pool.map(one, range(len(files)))):
-                        if error:
-                            bad.append(f"{i}\t{error}\n")
-                        progress(f"decoding {what}", i + 1, len(files), since)
-                write(listing, "".join(bad).encode("utf-8", "surrogateescape"))
+                    for i, line in enumerate(pool.map(one, range(len(files))), 1):
+                        bad += line
+                        progress(f"decoding {what}", i, len(files), since)
+                write(listing, bad)
                 if rows is not None:
                     rows.flush()
                     os.replace(temporary, target)
@@ -406,7 +398,7 @@ def pack(files, size, cache, what="images"):
             finally:
                 temporary.unlink(missing_ok=True)
         bad = [line.split("\t", 1) for _, line in lines(listing)]
-        rows = None if stream else np.load(target, mmap_mode="r")
+        rows = np.load(target, mmap_mode="r") if target.exists() else None
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"{bad[0][1]}; {len(bad)} of {len(files)} {what} are unreadable, which is more than one in"
                          f" a hundred: see {listing}, then mend or remove them")
@@ -602,40 +594,36 @@ def synthesise(root, people: int = 200, images: int = 11, size: int = 64, seed: 
     """Write the homework's layout to root, not there yet: `people` with `images` each in train and one in dev
     and test; others behind val_pairs.txt, yet others behind test_pairs.txt (whose labels are answers.txt)."""
     root = Path(root).resolve()
-    draft = root.with_name(f"{root.name}.{os.getpid()}.part")    # renamed at the end: never half a set
-    try:
-        render(draft, people, images, size, np.random.default_rng(seed))
-        draft.rename(root)
-    except OSError:
-        if not (root / "answers.txt").exists():             # no other process was first, with the same images
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft, rng = root.with_name(f"{root.name}.{os.getpid()}.part"), np.random.default_rng(seed)
 
-
-def render(draft, people, images, size, rng):
-    """synthesise()'s files."""
     def shoot(p, file):                                      # JPEG as in the homework; irises keep colour
         (draft / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(face(p, rng, size)).save(draft / file, quality=92, subsampling=0)
         return Path(file).name
 
-    def write(file, rows):
+    def table(file, rows):
         (draft / file).write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
 
-    crowd = [person(rng) for _ in range(people)]
-    for split, count in ("train", images), ("dev", 1), ("test", 1):
-        write(f"cls_data/{split}/labels.txt", [
-            (shoot(crowd[n % people], f"cls_data/{split}/images/{split}_{n:06d}.jpg"), n % people)
-            for n in range(count * people)])
-    for split, columns in ("val", 3), ("test", 2):           # an image meets its next one, then a stranger's
-        crowd = enumerate([person(rng) for _ in range(people // 4)])
-        shots = [[shoot(p, f"ver_data/{split}_{k:04d}_{n}.jpg") for n in range(5)] for k, p in crowd]
-        rows = [row for k, own in enumerate(shots) for n in range(5) for row in (
-            (own[n], own[n - 1], 1), (own[n], shots[k - rng.integers(1, len(shots))][rng.integers(5)], 0))]
-        rng.shuffle(rows)
-        write(f"{split}_pairs.txt", [row[:columns] for row in rows])
-    write("answers.txt", [row[2:] for row in rows])
+    try:
+        crowd = [person(rng) for _ in range(people)]
+        for split, count in ("train", images), ("dev", 1), ("test", 1):
+            table(f"cls_data/{split}/labels.txt", [
+                (shoot(crowd[n % people], f"cls_data/{split}/images/{split}_{n:06d}.jpg"), n % people)
+                for n in range(count * people)])
+        for split, columns in ("val", 3), ("test", 2):      # an image meets its next one, then a stranger's
+            crowd = enumerate([person(rng) for _ in range(people // 4)])
+            shots = [[shoot(p, f"ver_data/{split}_{k:04d}_{n}.jpg") for n in range(5)] for k, p in crowd]
+            rows = [row for k, own in enumerate(shots) for n in range(5) for row in (
+                (own[n], own[n - 1], 1), (own[n], shots[k - rng.integers(1, len(shots))][rng.integers(5)], 0))]
+            rng.shuffle(rows)
+            table(f"{split}_pairs.txt", [row[:columns] for row in rows])
+        table("answers.txt", [row[2:] for row in rows])
+        draft.rename(root)                                  # at the end: never half a set
+    except OSError:
+        if not (root / "answers.txt").exists():             # no other process was first, with the same images
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------
@@ -644,13 +632,13 @@ INK, GRID, COLOURS_OF_LINES = "#303438", "#e3e6e8", ("#1f6fb2", "#d1495b", "#3a9
                                                      "#a05a2c", "#c75fa4", "#7a8288", "#9aa51d")
 
 
-def ticks(low, high, most=6, log=False):
-    """Round numbers, at most that many, that span low..high; log: of the powers of ten, or with 2 and 5 between."""
+def ticks(low, high, log=False):
+    """Round numbers, at most six, that span low..high; log: of the powers of ten, or with 2 and 5 between."""
     if log:
         powers = np.arange(math.floor(low), math.ceil(high) + 1)
         marks = np.add.outer(powers, np.log10([1, 2, 5] if high - low < 3 else [1])).ravel()
         return marks[(marks > low - 1e-9) & (marks < high + 1e-9)]
-    raw = (high - low) / (most - 1) or 1.0
+    raw = (high - low) / 5 or 1.0
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
@@ -667,7 +655,8 @@ def plot(path, panels, width=420, height=300):
     pen = ImageDraw.Draw(canvas, "RGBA")
     font, bold = (ImageFont.load_default(size * k) for size in (11, 13))
     for column, (title, x_label, y_label, given, *axes) in enumerate(panels):
-        logs, series = ["logx" in "".join(axes), "logy" in "".join(axes)], []
+        axes, series = " ".join(axes), []
+        logs = ["logx" in axes, "logy" in axes]
         for i, (name, (xs, ys, *more)) in enumerate(given.items()):
             kind, colour = [*more, *("line", i)[len(more):]]
             if kind == "bars":                              # the outline of the bars, from the axis and back to it
@@ -728,7 +717,7 @@ def save_png(path, canvas):
     if path:
         buffer = io.BytesIO()
         canvas.save(buffer, "PNG")
-        write(Path(path), buffer.getvalue())
+        write(path, buffer.getvalue())
     return canvas
 
 
@@ -776,13 +765,10 @@ class ImageDataset(torch.utils.data.Dataset):
     labels.txt, or the sorted sub-folders' numbers."""
 
     def __init__(self, root, transform=None):
-        found = read_split(root)
-        if not found or not found[0] or found[1] is None:
-            raise ValueError(f"{root}: expected labels.txt and images/, or one sub-folder of images a person")
-        self.files, labels = found
-        self.classes = sorted(set(labels))
-        number = {name: name if isinstance(name, int) else c for c, name in enumerate(self.classes)}
-        self.labels, self.transform = [number[name] for name in labels], transform or (lambda im: im)
+        self.files, self.labels = read_labelled(root)
+        self.classes, self.transform = sorted(set(self.labels)), transform or (lambda im: im)
+        if isinstance(self.labels[0], str):
+            self.labels = np.searchsorted(self.classes, self.labels).tolist()
 
     def __len__(self):
         return len(self.files)
@@ -810,8 +796,11 @@ class ImagePairDataset(torch.utils.data.Dataset):
 # ---- Shared by the scripts ------------------------------------------------------------------------------------
 
 def write(path, content):
-    """Write bytes to path (a Path) through a temporary file, flushed and renamed: the old or the new, never half."""
+    """Write bytes, or text as lines() reads it, through a temporary file, flushed and renamed: path has the old or the
+    new, never half."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as f:
             f.write(content)
@@ -880,18 +869,19 @@ def main():
     print(f"{faces.root}{': ' + faces.note if faces.note else ''}")
     packs = []
     for name in ("train", "dev", "test", "val_pairs", "test_pairs"):
-        if (split := getattr(faces, name)) is None:
+        if not (split := getattr(faces, name)):
             continue
-        files, labels = (split.files, split.labels) if name.endswith("pairs") else split
-        sides = Counter(s for _, s in zip(range(1000), map(measure, files)) if s)
-        packs.append((name, *pack(files, size, cache, name)))
-        good = packs[-1][2]
+        pairs = isinstance(split, Pairs)
+        files, labels = (split.files, split.labels) if pairs else split
+        images, good = pack(files, size, cache, name)
+        packs.append((name, images, good))
+        sides = Counter(filter(None, map(measure, files[:1000])))
         text = f"{name}: {len(files)} images, {len(files) - len(good)} unreadable; " + ", ".join(
-            f"{count} of {'x'.join(map(str, s))}" for s, count in sides.most_common(3))
-        if name.endswith("pairs"):
-            text += f"; {len(split.left)} pairs" + (f", {int(labels.sum())} genuine" if labels is not None else "")
+            f"{count} of {width}x{height}" for (width, height), count in sides.most_common(3))
+        if pairs:
+            text += f"; {len(split.left)} pairs" + (f", {labels.sum()} genuine" if labels is not None else "")
         elif labels is not None:
-            each = np.bincount(labels)[np.unique(labels)]
+            each = np.unique(labels, return_counts=True)[1]
             text += (f"; {len(each)} people with {each.min()} to {each.max()} images, median {np.median(each):g},"
                      f" {(each == 1).sum()} of them with one")
         print(text)
@@ -910,8 +900,8 @@ def main():
                     again.append(f"{file} = {other}")
             progress(f"comparing {name}", int(np.searchsorted(good, rows[-1])) + 1, len(good), since)
     mean, square = sum(colour)
-    print("train, 0..1: mean " + " ".join(f"{v:.4f}" for v in mean) + ", standard deviation "
-          + " ".join(f"{v:.4f}" for v in (square - mean ** 2).sqrt()) + " (red, green, blue)")
+    print("train, 0..1: mean {:.4f} {:.4f} {:.4f}, standard deviation {:.4f} {:.4f} {:.4f} (red, green, blue)".format(
+        *mean, *(square - mean ** 2).sqrt()))
     print(f"duplicates: {len(again)} images equal an earlier one once decoded"
           + "".join(f"\n    {line}" for line in again[:10]) + "\n    ..." * (len(again) > 10))
 
@@ -920,8 +910,8 @@ def main():
     if args.augment:
         x = ((augment(x, {name: long for name, (_, long, _) in AUGMENT.items()}) + 1) * 127.5).byte().permute(0, 2, 3, 1)
     each = np.bincount(faces.train[1])
-    edges = np.arange(0, each.max() + 42, max(1, -(-each.max() // 40)))         # at most 41 bars, of whole numbers
-    edges = edges[:np.searchsorted(edges, each.max(), "right") + 1]
+    width = -(-each.max() // 40)                                                # at most 41 bars, of whole numbers
+    edges = np.arange(0, each.max() + width + 1, width)
     bars = {"": (edges - 0.5, np.histogram(each, edges)[0], "bars")}
     chart = plot(None, [("images a person", "images", "people", bars)], 12 * 72, 240)
     sheet(args.sheet, f"{faces.root.name}: {len(good)} training images of {len(faces.names)} people", [

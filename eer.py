@@ -13,11 +13,11 @@ in common use differ from it: the threshold nearest to FAR = FRR, and the mean o
 """
 import csv
 import sys
-from statistics import NormalDist
+from bisect import bisect
 
 import numpy as np
 
-FARS = (1e-4, 1e-3, 1e-2, 1e-1)
+FARS = "1e-4", "1e-3", "1e-2", "1e-1"
 
 
 def split(labels, scores):
@@ -27,19 +27,13 @@ def split(labels, scores):
     if labels.shape != scores.shape:
         raise ValueError(f"{len(labels)} labels but {len(scores)} scores; give one score a pair")
     same = labels == 1
-    strange = np.flatnonzero(~same & (labels != 0))
-    if len(strange):
-        raise ValueError(f"pair {strange[0]} has label {labels[strange[0]]}; use 1 (same person) or 0 (different)")
-    genuine, impostor = scores[same], scores[~same]
-    if not (len(genuine) and len(impostor)):
-        raise ValueError(f"{len(genuine)} genuine and {len(impostor)} impostor pairs; an EER needs both kinds")
-    genuine.sort()
-    impostor.sort()
-    for s in (genuine, impostor):                   # NaN sorts last, infinities to the ends
-        if not np.isfinite(s[[0, -1]]).all():
-            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise ValueError(f"pair {bad} has score {scores[bad]}; look for NaN in the embeddings")
-    return genuine, impostor
+    for i in np.flatnonzero(~same & (labels != 0)):
+        raise ValueError(f"pair {i} has label {labels[i]}; use 1 (same person) or 0 (different)")
+    for i in np.flatnonzero(~np.isfinite(scores)):
+        raise ValueError(f"pair {i} has score {scores[i]}; look for NaN in the embeddings")
+    if same.all() or not same.any():
+        raise ValueError(f"{same.sum()} genuine and {(~same).sum()} impostor pairs; an EER needs both kinds")
+    return np.sort(scores[same]), np.sort(scores[~same])
 
 
 def rates(genuine, impostor, threshold):
@@ -49,26 +43,18 @@ def rates(genuine, impostor, threshold):
 
 
 def crossing(genuine, impostor):
-    """(EER, threshold) from sorted scores. TAR + FAR - 1 falls strictly from score to score, so its change of
-    sign is found by bisection among the genuine and among the impostor scores; no ROC is built."""
-    def excess(threshold):
+    """(EER, threshold) from sorted scores. TAR + FAR falls strictly from score to score, so where it falls below 1
+    is found by bisection among the genuine and among the impostor scores; no ROC is built."""
+    def lacking(threshold):
         far, tar = rates(genuine, impostor, threshold)
-        return tar + far - 1
+        return 1 - (tar + far)
 
-    below = -np.inf                                 # the highest score at which TAR + FAR >= 1
-    for s in (genuine, impostor):
-        low, high = 0, len(s)                       # s[:low] have excess >= 0, s[high:] have not
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if excess(s[middle]) >= 0 else (low, middle)
-        if low:
-            below = max(below, s[low - 1])
-    above = min((s[i] for s in (genuine, impostor) if (i := np.searchsorted(s, below, "right")) < len(s)),
-                default=None)                       # the next higher score; none: the ROC's corner (0, 0)
-    far1, tar1 = rates(genuine, impostor, below)
-    far0, tar0 = rates(genuine, impostor, above) if above is not None else (0.0, 0.0)
+    both = genuine, impostor                        # below: the highest score at which TAR + FAR >= 1; above: the next
+    below = max(s[i - 1] for s in both if (i := bisect(s, 0, key=lacking)))
+    above = min((s[i] for s in both if (i := np.searchsorted(s, below, "right")) < len(s)), default=np.inf)
+    (far1, tar1), (far0, tar0) = (rates(genuine, impostor, s) for s in (below, above))      # (0, 0) at infinity
     part = (1 - far0 - tar0) / (far1 + tar1 - far0 - tar0)          # of the way from above to below
-    threshold = below if above is None else above + part * (float(below) - float(above))
+    threshold = below if above == np.inf else above + part * (float(below) - float(above))
     return float(far0 + part * (far1 - far0)), float(threshold)
 
 
@@ -115,17 +101,16 @@ def folds_accuracy(labels, scores, folds):
     return float(np.mean(each)), float(np.std(each, ddof=1) / len(each) ** 0.5)
 
 
-def interval(rate, genuine, impostor, level=0.95):
-    """Confidence interval of an EER from so many genuine and impostor pairs: Wilson's, for the 4PN/(P+N) trials
-    that give the variance (1/P + 1/N) rate (1 - rate) / 4 of the mean of FAR and FRR. It takes the pairs for
-    independent; pairs that share people or images deserve a wider one."""
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    n = 4 * genuine * impostor / (genuine + impostor)
+def interval(rate, genuine, impostor):
+    """95 % confidence interval of an EER from so many genuine and impostor pairs: Wilson's, for the 4PN/(P+N)
+    trials that give the variance (1/P + 1/N) rate (1 - rate) / 4 of the mean of FAR and FRR. It takes the pairs
+    for independent; pairs that share people or images deserve a wider one."""
+    z, n = 1.9599639845400536, 4 * genuine * impostor / (genuine + impostor)         # z: a normal's 97.5 % quantile
     centre, half = rate + z * z / (2 * n), z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def report(labels, scores, fars=FARS):
+def report(labels, scores):
     """What there is to say about scored pairs, all rates in 0..1: eer, its 95 % interval eer_low..eer_high,
     threshold (at the EER), far and frr there, auc, acc (at the best threshold of these same pairs, hence
     optimistic), 'tar@far=1e-3' and its like (ROC interpolated, the homework's TPR@FPR; NaN where there are
@@ -140,9 +125,9 @@ def report(labels, scores, fars=FARS):
     out = dict(eer=rate, eer_low=low, eer_high=high, threshold=threshold, far=far, frr=1 - tar,
                auc=float(np.trapezoid(curve_tar, curve_far)),
                acc=float(((curve_tar * p + (1 - curve_far) * n) / (p + n)).max()), genuine=p, impostor=n)
-    for f in fars:
-        tar = np.interp(f, curve_far[corners], curve_tar[corners]) if f * n >= 1 else np.nan
-        out["tar@far=" + f"{f:.0e}".replace("e-0", "e-")] = float(tar)
+    for f in FARS:
+        tar = np.interp(float(f), curve_far[corners], curve_tar[corners])
+        out[f"tar@far={f}"] = float(tar) if float(f) * n >= 1 else np.nan
     return out
 
 
@@ -153,10 +138,10 @@ def percent(share):
 def show(r):
     """The lines of a report() for a person to read; percent, a dash where the pairs cannot tell."""
     tars = "   ".join(f"{k[4:]} {percent(v)}" for k, v in r.items() if "@" in k)
-    return (f"EER {100 * r['eer']:.2f} %  (95 % interval {100 * r['eer_low']:.2f} to {100 * r['eer_high']:.2f}; "
+    return (f"EER {percent(r['eer'])}  (95 % interval {100 * r['eer_low']:.2f} to {100 * r['eer_high']:.2f}; "
             f"{r['genuine']} genuine, {r['impostor']} impostor pairs)\n"
-            f"at threshold {r['threshold']:.4f}: FAR {100 * r['far']:.2f} %, FRR {100 * r['frr']:.2f} %\n"
-            f"AUC {100 * r['auc']:.2f} %   best accuracy {100 * r['acc']:.2f} %\nTAR at {tars}")
+            f"at threshold {r['threshold']:.4f}: FAR {percent(r['far'])}, FRR {percent(r['frr'])}\n"
+            f"AUC {percent(r['auc'])}   best accuracy {percent(r['acc'])}\nTAR at {tars}")
 
 
 def table(rows):
@@ -171,15 +156,13 @@ def read(path):
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
         rows = [(i, [c.strip() for c in row]) for i, row in enumerate(csv.reader(f), 1) if any(row)]
     head = [c.lower() for c in rows[0][1]] if rows else []
-    order = [head.index(c) for c in ("label", "score")] if {"label", "score"} <= set(head) else None
-    values = []
-    for line, row in rows[order is not None:]:
+    named, values = {"label", "score"} <= set(head), []
+    for line, row in rows[named:]:
         try:
-            if order is None and len(row) != 2:
-                raise IndexError
-            values.append([float(row[i]) for i in order or (0, 1)])
-        except (ValueError, IndexError):
-            raise ValueError(f"{path}:{line}: found {','.join(row)[:60]!r}; write label,score, such as 1,0.83") from None
+            cells = dict(zip(head if named else ("label", "score"), row, strict=not named))
+            values.append([float(cells["label"]), float(cells["score"])])
+        except (ValueError, KeyError):
+            raise ValueError(f"{path}:{line}: found {','.join(row)[:60]!r}; write label,score, as in 1,0.83") from None
     if not values:
         raise ValueError(f"{path}: no scores in it; write lines of label,score")
     return np.array(values).T

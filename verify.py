@@ -128,6 +128,13 @@ def score(z, pairs, learned=None):
     return s.detach().double().numpy()
 
 
+def scored(net, criterion, images, pairs, metric=None, mirror="mean"):
+    """(scores (n,), embeddings (N, D)) of pairs, the images of which are images."""
+    project, similarity = metric_of(criterion, metric)
+    z = embed(net, images, project, mirror)
+    return score(z, pairs, similarity), z
+
+
 def centroids(z, labels, classes):
     """Unit mean embedding (classes, D) of each class of unit embeddings z (N, D); zero for absent classes."""
     return F.normalize(z.new_zeros(classes, z.shape[1]).index_add_(0, torch.from_numpy(labels), z))
@@ -203,10 +210,8 @@ def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
     out = {}
     if sets.get("val_pairs"):
         images, pairs = sets["val_pairs"]
-        project, similarity = metric_of(criterion, metric)
-        out["embeddings"] = embed(net, images, project, mirror)
-        out["scores"] = score(out["embeddings"], pairs, similarity)
-        out.update(eer.report(pairs.labels, out["scores"]))
+        out["scores"], out["embeddings"] = scored(net, criterion, images, pairs, metric, mirror)
+        out |= eer.report(pairs.labels, out["scores"])
     if sets.get("dev"):
         out["acc1"], out["acc5"] = closed_set(net, criterion, sets["dev"], sets["train"], classes)
     return out
@@ -224,7 +229,7 @@ def pack_pairs(pairs, size, cache, what):
 def write_csv(path, header, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    data.write(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
+    data.write(path, text.getvalue())
 
 
 def write_submission(path, scores, root):
@@ -244,10 +249,6 @@ def write_submission(path, scores, root):
 
 # ---- Decisions: a threshold, two images, one among many --------------------------------------------------------
 
-NO_THRESHOLD = ("the checkpoint has no threshold: only the best.pt of a run with validation pairs has, for the metric"
-                " that it was trained with; give --threshold-from")
-
-
 def known_pairs(net, criterion, ckpt, args):
     """(labels, scores) that a threshold is chosen on: of --threshold-from, or of the checkpoint's validation pairs;
     None where neither has scores of this metric."""
@@ -255,8 +256,8 @@ def known_pairs(net, criterion, ckpt, args):
         pairs = data.read_pairs(args.threshold_from, args.images)
         if pairs.labels is None:
             raise ValueError(f"{args.threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
-        pairs = pack_pairs(pairs, ckpt["args"]["size"], data.cache_folder(args.images), "threshold_pairs")
-        return pairs[1].labels, evaluate(net, criterion, {"val_pairs": pairs}, 0, args.metric, args.mirror)["scores"]
+        images, _ = pack_pairs(pairs, ckpt["args"]["size"], data.cache_folder(args.images), "threshold_pairs")
+        return pairs.labels, scored(net, criterion, images, pairs, args.metric, args.mirror)[0]
     if not ckpt.get("val") or args.mirror != "mean":
         return None
     labels, scores = (ckpt["val"][k].numpy() for k in ("labels", "scores"))
@@ -267,6 +268,9 @@ def known_pairs(net, criterion, ckpt, args):
 
 def threshold_of(known, far):
     """(threshold, why) from known_pairs(): the EER's, or the lowest that keeps a false accept rate."""
+    if not known:
+        return -np.inf, ("the checkpoint has no threshold: only the best.pt of a run with validation pairs has, for the"
+                         " metric that it was trained with; give --threshold-from")
     if not far:
         rate, threshold = eer.eer(*known)
         return threshold, f"where the validation EER is {eer.percent(rate)}"
@@ -278,19 +282,18 @@ def threshold_of(known, far):
 def two_images(net, criterion, ckpt, args):
     """The score of two image files and what the validation pairs say about it: (result, text, {})."""
     images = np.stack([data.decode(f, ckpt["args"]["size"]) for f in args.files])
-    project, similarity = metric_of(criterion, args.metric)
     pairs = data.Pairs(args.files, np.array([0]), np.array([1]), None)
-    s = float(score(embed(net, images, project, args.mirror), pairs, similarity)[0])
-    if not (known := known_pairs(net, criterion, ckpt, args)):
-        return dict(score=s), f"score {s:.4f}; {NO_THRESHOLD}", {}
-    (threshold, why), (genuine, impostor) = threshold_of(known, args.far), eer.split(*known)
-    result = dict(score=s, same=bool(s >= threshold), threshold=threshold, genuine_lower=float((genuine < s).mean()),
-                  impostor_higher=float((impostor >= s).mean()))
-    lower, higher = 100 * result["genuine_lower"], 100 * result["impostor_higher"]
-    return result, (
-        f"score {s:.4f}: {'same person' if result['same'] else 'different people'} (threshold {threshold:.4f}, {why})\n"
-        f"of a hundred genuine validation pairs {lower:.3g} score lower, of a hundred impostor pairs {higher:.3g} as"
-        f" high or higher ({len(genuine)} and {len(impostor)} pairs)"), {}
+    s = float(scored(net, criterion, images, pairs, args.metric, args.mirror)[0][0])
+    known = known_pairs(net, criterion, ckpt, args)
+    threshold, why = threshold_of(known, args.far)
+    if not known:
+        return dict(score=s), f"score {s:.4f}; {why}", {}
+    genuine, impostor = eer.split(*known)
+    same, lower, higher = s >= threshold, np.mean(genuine < s), np.mean(impostor >= s)
+    return dict(score=s, same=same, threshold=threshold, genuine_lower=lower, impostor_higher=higher), (
+        f"score {s:.4f}: {'same person' if same else 'different people'} (threshold {threshold:.4f}, {why})\n"
+        f"of a hundred genuine validation pairs {100 * lower:.3g} score lower, of a hundred impostor pairs"
+        f" {100 * higher:.3g} as high or higher ({len(genuine)} and {len(impostor)} pairs)"), {}
 
 
 def save_embeddings(path, z, files, names=None):
@@ -298,8 +301,7 @@ def save_embeddings(path, z, files, names=None):
     path, buffer = Path(path).with_suffix(".npy"), io.BytesIO()
     np.save(buffer, np.asarray(z, np.float16 if path.stem.endswith(".f16") else np.float32))
     data.write(path, buffer.getbuffer())
-    rows = "".join(f"{f}\t{n}\n" for f, n in zip(files, names or [""] * len(files)))
-    data.write(path.with_suffix(".txt"), rows.encode("utf-8", "surrogateescape"))
+    data.write(path.with_suffix(".txt"), "".join(f"{f}\t{n}\n" for f, n in zip(files, names or [""] * len(files))))
 
 
 def embedded(net, ckpt, args, folder, project):
@@ -310,10 +312,12 @@ def embedded(net, ckpt, args, folder, project):
         if len(z) != len(rows):
             raise ValueError(f"{listing}: {len(rows)} lines, but {folder} has {len(z)} embeddings; save them anew")
         return z, [f for f, _, _ in rows], [name or Path(f).stem for f, _, name in rows]
-    files, names = data.read_named(folder)
+    files, names = data.read_split(folder)
+    if not files:
+        raise ValueError(f"{folder}: no such folder, or no images in it and its sub-folders; name another")
     images, good = data.pack(files, ckpt["args"]["size"], data.cache_folder(folder), "faces")
     z = embed(net, images, project, args.mirror, rows=good).numpy()
-    return z, [files[i] for i in good], names and [names[i] for i in good]
+    return z, [files[i] for i in good], names and [str(names[i]) for i in good]
 
 
 def truth_of(folder, n):
@@ -328,7 +332,7 @@ def truth_of(folder, n):
             return labels
 
 
-def identification(scores, hits, mated, fars=(1e-3, 1e-2, 1e-1)):
+def identification(scores, hits, mated):
     """Rates in 0..1 of a search: scores (P,) of the best match, hits (P, k) whether match k is right, mated (P,)
     whether the gallery holds that person. rank1, rank5: of the mated probes. 'dir@far=1e-2' and its like: detection
     and identification, the mated probes whose first match is right and above the threshold that a share far of the
@@ -337,10 +341,10 @@ def identification(scores, hits, mated, fars=(1e-3, 1e-2, 1e-1)):
     if not mated.any():
         return dict(mated=0, unmated=others)
     out = dict(rank1=first.mean(), rank5=hits[mated, :5].any(1).mean(), mated=int(mated.sum()), unmated=others)
-    for f in fars:
-        out["dir@far=" + f"{f:.0e}".replace("e-0", "e-")] = np.nan if f * others < 1 else np.mean(
-            first & (scores[mated] >= eer.at_far(mated, scores, f)))
-    return {k: v if isinstance(v, int) else float(v) for k, v in out.items()}
+    for f in eer.FARS[1:]:
+        out[f"dir@far={f}"] = np.nan if float(f) * others < 1 else np.mean(
+            first & (scores[mated] >= eer.at_far(mated, scores, float(f))))
+    return out
 
 
 def identify(net, criterion, ckpt, args):
@@ -351,8 +355,7 @@ def identify(net, criterion, ckpt, args):
         save_embeddings(args.save_embeddings, z, files, names)
     if not args.probes:
         return dict(images=len(z)), f"{len(z)} images of {args.gallery}: {args.save_embeddings or 'give --probes'}", {}
-    people, labels = np.unique(names or [Path(f).stem for f in files], return_inverse=True)
-    first = np.unique(labels, return_index=True)[1]                              # an image of each
+    people, first, labels = np.unique(names or [Path(f).stem for f in files], return_index=True, return_inverse=True)
     if len(people) < len(z):
         z = centroids(torch.from_numpy(np.array(z, np.float32)), labels, len(people)).numpy()
     else:                                                                        # as it is, perhaps beyond memory
@@ -360,12 +363,11 @@ def identify(net, criterion, ckpt, args):
     p, probes, truth = embedded(net, ckpt, args, args.probes, project)
     truth = truth or truth_of(args.probes, len(probes))
     scores, found = search(z, p, 5, similarity=similarity)                       # (P, 5)
-    known = known_pairs(net, criterion, ckpt, args)
-    threshold, why = threshold_of(known, args.far) if known else (-np.inf, NO_THRESHOLD)
+    threshold, why = threshold_of(known_pairs(net, criterion, ckpt, args), args.far)
     right, told = scores[:, 0] >= threshold, people[found]
     answers, out = np.where(right, told[:, 0], "n000000"), args.out or "identification.csv"
     write_csv(out, ["id", "label"], enumerate(answers))
-    result = dict(threshold=threshold if known else None, probes=[
+    result = dict(threshold=threshold, probes=[
         dict(image=f, match=str(a) if ok else None, score=float(s), nearest=n.tolist())
         for f, a, ok, s, n in zip(probes, answers, right, scores[:, 0], told)])
     text = [f"{r['image']}  {r['match'] or 'no match'}  {r['score']:.4f}" for r in result["probes"]]
@@ -374,9 +376,9 @@ def identify(net, criterion, ckpt, args):
     if truth:
         hits, mated = told == np.array(truth)[:, None], np.isin(truth, people)
         rates = identification(scores[:, 0], hits, mated)
-        result |= rates | dict(accuracy=float(np.mean(np.where(mated, hits[:, 0] & right, ~right))))
-        text.append("   ".join(f"{k} {v if isinstance(v, int) else eer.percent(v)}" for k, v in result.items()
-                               if k not in ("threshold", "probes")))
+        rates["accuracy"] = np.mean(np.where(mated, hits[:, 0] & right, ~right))
+        result |= rates
+        text.append("   ".join(f"{k} {v if isinstance(v, int) else eer.percent(v)}" for k, v in rates.items()))
     if args.plots:
         tiles = []
         for i in np.unique(np.linspace(0, len(probes) - 1, 8).astype(int)):
@@ -417,7 +419,7 @@ def draw_scores(folder, judged):
     data.plot(folder / "scores.png", panels)
 
 
-def draw_hardest(path, images, pairs, scores, threshold, most=8):
+def draw_hardest(path, images, pairs, scores, threshold):
     """The impostor pairs of highest and the genuine pairs of lowest score; those on the wrong side are framed."""
     def tile(i):
         files = [Path(pairs.files[side[i]]).stem for side in (pairs.left, pairs.right)]
@@ -429,15 +431,15 @@ def draw_hardest(path, images, pairs, scores, threshold, most=8):
     order, same = np.argsort(scores, kind="stable"), pairs.labels == 1
     data.sheet(path, f"The hardest pairs; framed: errors at threshold {threshold:.4f}", [
         (f"{what}: {((scores >= threshold) != same)[same == y].sum()} of {(same == y).sum()} are {error}", 4,
-         [tile(i) for i in ranked[same[ranked] == y][:most]])
+         [tile(i) for i in ranked[same[ranked] == y][:8]])
         for what, y, error, ranked in (("two people, most alike", False, "accepted", order[::-1]),
                                        ("one person, least alike", True, "rejected", order))])
 
 
-def plane(net, criterion, train, people=10):
-    """A panel of 2-D embeddings of the first people's training images, and their class weights as rays."""
+def plane(net, criterion, train):
+    """A panel of 2-D embeddings of the first ten people's training images, and their class weights as rays."""
     images, labels, rows = train
-    rows = rows[labels[rows] < people][:2000]
+    rows = rows[labels[rows] < 10][:2000]
     z, series = embed(net, images, mirror="none", unit=False, rows=rows).numpy(), {}
     for c in np.unique(labels[rows]):
         if criterion.weight is not None:
@@ -475,31 +477,31 @@ def compare(folders):
 def judge(net, criterion, ckpt, args):
     """A checkpoint on pairs and, on its own data set, on dev and test: (result, text, drawn). drawn holds what pictures
     need: val (Images, Pairs, scores), train (Images, labels, rows)."""
-    a, classes, faces = ckpt["args"], len(ckpt["names"]), None
+    a, classes = ckpt["args"], len(ckpt["names"])
     if args.pairs:
-        pairs, root = data.read_pairs(args.pairs, args.images), Path(args.images)
-        sets = {"val_pairs" if pairs.labels is not None else "test_pairs": pairs}
+        pairs, faces = data.read_pairs(args.pairs, args.images), {"root": Path(args.images)}
+        faces["test_pairs" if pairs.labels is None else "val_pairs"] = pairs
     else:
-        faces = data.load(args.data or a["data"], a["holdout"], a["seed"])
-        root, sets = faces.root, {k: getattr(faces, k) for k in ("val_pairs", "test_pairs") if getattr(faces, k)}
-        if not sets:
-            raise ValueError(f"{root}: neither val_pairs nor test_pairs; give --pairs and --images")
-    cache = data.cache_folder(root)
-    sets = {k: pack_pairs(p, a["size"], cache, k) for k, p in sets.items()}
-    if faces and faces.names == ckpt["names"]:
+        faces = vars(data.load(args.data or a["data"], a["holdout"], a["seed"]))
+    sets = {k: faces[k] for k in ("val_pairs", "test_pairs") if faces.get(k)}
+    if not sets:
+        raise ValueError(f"{faces['root']}: neither val_pairs nor test_pairs; give --pairs and --images")
+    cache = data.cache_folder(faces["root"])
+    sets = {k: pack_pairs(pairs, a["size"], cache, k) for k, pairs in sets.items()}
+    if faces.get("names") == ckpt["names"]:
         for k in ("train",) * (criterion.weight is None or bool(args.plots)) + ("dev", "test"):
-            if getattr(faces, k) and getattr(faces, k)[1] is not None:
-                images, good = data.pack(getattr(faces, k)[0], a["size"], cache, k)
-                sets[k] = images, getattr(faces, k)[1], good
-    lines, embeddings, drawn = [faces.note] if faces and faces.note else [], [], {"train": sets.get("train")}
-    result = {}
+            files, labels = faces[k] or (None, None)
+            if labels is not None:
+                images, good = data.pack(files, a["size"], cache, k)
+                sets[k] = images, labels, good
+    lines, embeddings, drawn, result = [faces.get("note")], [], {"train": sets.get("train")}, {}
     if "val_pairs" in sets:
         images, pairs = sets["val_pairs"]
         result = evaluate(net, criterion, {"val_pairs": sets["val_pairs"]}, classes, args.metric, args.mirror)
-        scores, same = result.pop("scores"), pairs.labels == 1
+        scores = result.pop("scores")
         drawn["val"] = images, pairs, scores
         embeddings.append((result.pop("embeddings"), pairs.files))
-        lines += [str(pairs.path)] * bool(pairs.path) + [eer.show(result)]
+        lines += [pairs.path and str(pairs.path), eer.show(result)]
         if pairs.folds is not None:
             mean, error = eer.folds_accuracy(pairs.labels, scores, pairs.folds)
             result |= dict(folds_acc=mean, folds_error=error)
@@ -509,9 +511,9 @@ def judge(net, criterion, ckpt, args):
             known = known_pairs(net, criterion, ckpt, args)
             threshold = eer.at_far(*known, args.far) if args.far else eer.best_threshold(*known)
             far, tar = eer.rates(*eer.split(pairs.labels, scores), threshold)
-            moved = dict(threshold=threshold, acc=np.mean((scores >= threshold) == same), far=far, frr=1 - tar)
-            result["threshold_from"] = {k: float(v) for k, v in moved.items()}
-            lines.append(f"at threshold {threshold:.4f} of {args.threshold_from}: accuracy {eer.percent(moved['acc'])},"
+            acc = np.mean((scores >= threshold) == (pairs.labels == 1))
+            result["threshold_from"] = dict(threshold=threshold, acc=acc, far=far, frr=1 - tar)
+            lines.append(f"at threshold {threshold:.4f} of {args.threshold_from}: accuracy {eer.percent(acc)},"
                          f" FAR {eer.percent(far)}, FRR {eer.percent(1 - tar)}")
     for k in [k for k in ("dev", "test") if k in sets]:
         result[f"{k}_acc1"], result[f"{k}_acc5"] = top = closed_set(net, criterion, sets[k], sets.get("train"), classes)
@@ -520,14 +522,15 @@ def judge(net, criterion, ckpt, args):
         result["combined"] = 0.5 * result["dev_acc1"] + 0.5 * (1 - result["eer"])
         lines.append(f"combined score, 0.5 top-1 on dev + 0.5 (1 - EER): {result['combined']:.4f}")
     if "test_pairs" in sets and len(args.ckpt) == 1:
-        (images, pairs), (project, similarity) = sets["test_pairs"], metric_of(criterion, args.metric)
-        embeddings.append((embed(net, images, project, args.mirror), pairs.files))
-        write_submission(args.out or "submission.csv", score(embeddings[-1][0], pairs, similarity), root)
-        lines.append(f"{len(pairs.left)} pairs of {pairs.path} scored: {args.out or 'submission.csv'}")
+        (images, pairs), out = sets["test_pairs"], args.out or "submission.csv"
+        scores, z = scored(net, criterion, images, pairs, args.metric, args.mirror)
+        embeddings.append((z, pairs.files))
+        write_submission(out, scores, faces["root"])
+        lines.append(f"{len(pairs.left)} pairs of {pairs.path} scored: {out}")
     if args.save_embeddings:
         z, files = zip(*embeddings)
         save_embeddings(args.save_embeddings, torch.cat(z), sum(files, []))
-    return result, "\n".join(lines), drawn
+    return result, "\n".join(filter(None, lines)), drawn
 
 
 def main():
@@ -541,25 +544,21 @@ def main():
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of these folders of train.py")
     g = parser.add_argument_group("what to judge")
     g.add_argument("--data", help="data set to evaluate [the one the checkpoint was trained with]")
-    g.add_argument("--pairs", help="file of pairs to score instead of a data set's: the homework's .txt or .csv, LFW's"
-                   " pairs.txt or pairsDevTest.txt")
+    g.add_argument("--pairs", help="pairs to score instead of a data set's: the homework's .txt or .csv, LFW's lists")
     g.add_argument("--images", default=".", help="folder that the names in --pairs are relative to [.]")
-    g.add_argument("--gallery", metavar="DIR", help="images of known people, a folder each or flat, or embeddings that"
-                   " --save-embeddings wrote (.npy)")
+    g.add_argument("--gallery", metavar="DIR", help="known people: a folder each, or flat, or --save-embeddings' .npy")
     g.add_argument("--probes", metavar="DIR", help="images to find in the gallery, likewise; sub-folders, or a"
                    " verification_dev.csv beside the folder, tell who they are")
     g = parser.add_argument_group("how")
     g.add_argument("--metric", choices=["cosine", "euclidean", "learned"], help="similarity of two embeddings [learned"
                    " where the loss has one, otherwise cosine]")
-    g.add_argument("--mirror", choices=["mean", "concat", "none"], default="mean", help="what becomes of the embeddings"
-                   " of an image and its mirror image [mean]")
-    g.add_argument("--far", type=float, help="decide at the threshold of this false accept rate, such as 1e-3 [at the"
-                   " equal error rate's]")
+    g.add_argument("--mirror", choices=["mean", "concat", "none"], default="mean",
+                   help="what becomes of the embeddings of an image and its mirror image [mean]")
+    g.add_argument("--far", type=float, help="decide at the threshold of this false accept rate, 1e-3 say [the EER's]")
     g.add_argument("--threshold-from", metavar="FILE", help="choose the threshold on these labelled pairs, images in"
                    " --images [on the checkpoint's validation pairs]")
     g = parser.add_argument_group("what to write")
-    g.add_argument("--out", help="scores of unlabelled pairs, or the probes' identities [submission.csv,"
-                   " identification.csv]")
+    g.add_argument("--out", help="scores of test pairs, or the probes' names [submission.csv, identification.csv]")
     g.add_argument("--plots", metavar="DIR", help="roc.png, scores.png, hardest.png and scores.csv; ranks.png for"
                    " --probes; embeddings.png for checkpoints of --dim 2 [none]")
     g.add_argument("--save-embeddings", metavar="FILE.npy", help="the embeddings of the pairs' or the gallery's images,"
@@ -579,8 +578,11 @@ def main():
     mode = two_images if args.files else identify if args.gallery else judge
     if mode is not judge and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
         raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
-    results, texts, judged, planes, drawn = {}, [], {}, [], {}
-    for path in args.ckpt if not args.compare else ():
+    results, texts, judged, planes = {}, [], {}, []
+    if args.compare:
+        results[""], text = compare(args.compare)
+        args.ckpt, texts = [], [text]
+    for path in args.ckpt:
         own = Path(path).resolve()
         name = own.parent.name if own.stem in ("best", "last") and own.parent.name not in results else own.stem
         name = path if name in results else name
@@ -601,12 +603,9 @@ def main():
                 planes.append(plane(net, criterion, drawn["train"]))
         if len(args.ckpt) > 1:
             texts[-1] = f"{name}:\n{texts[-1]}"
-    if args.compare:
-        results[""], text = compare(args.compare)
-        texts.append(text)
-    elif args.plots and judged:
+    if args.plots and judged:
         draw_scores(plots(args), judged)
-        if "val" in drawn and len(args.ckpt) == 1:
+        if len(args.ckpt) == 1 and not path.endswith(".csv"):
             images, pairs, scores = drawn["val"]
             draw_hardest(plots(args) / "hardest.png", images, pairs, scores, results[name]["threshold"])
             write_csv(plots(args) / "scores.csv", ["label", "score"], zip(pairs.labels, map(repr, scores.tolist())))
