@@ -34,7 +34,6 @@ import torch.nn.functional as F
 
 # ---- What they share: unit vectors, one margin, one cross-entropy --------------------------------------------
 
-
 def unit(x):
     """x / ||x|| along the last axis; zero stays zero, and has no gradient instead of an infinite one."""
     norm = x.norm(dim=-1, keepdim=True)
@@ -210,8 +209,10 @@ def softmax_with(self, s, sample=1.0, margins=None, k=1, learn=False, **fixed):
     """A normalised head: cross-entropy over s cos, the own class's cosine t being psi(t, **fixed), or, where margins
     depend on the batch, psi(t, **margins(x)); fixed are then those expected at the start. No margins: t stays."""
     self.s = nn.Parameter(torch.tensor(s)) if learn else s
-    formula = class_weights(self, lambda x: self.s * unit(x), lambda logits, own, m: margin_softmax(
-        logits, own, self.s, lambda t: psi(t, **m)) if m else cross_entropy(logits, own), sample, k)
+
+    def loss(logits, own, m):
+        return margin_softmax(logits, own, self.s, lambda t: psi(t, **m)) if m else cross_entropy(logits, own)
+    formula = class_weights(self, lambda x: self.s * unit(x), loss, sample, k)
     if k == 1:
         at_start(self, s, sample, float(psi(torch.zeros(()), **fixed)) if fixed else 0.0)
     return lambda x, y: formula(x, y, margins(x) if margins else fixed)
@@ -730,7 +731,7 @@ def ring(self, lam=1.0):
 
 def uniform(self, alpha=0.5):
     """UniformFace: mean over pairs of classes of 1 / (1 + ||c_a - c_b||), centres on the sphere.
-    Duan et al. 2019, CVPR. Spreads people evenly, those of the batch: C^2 pairs are too many. For class-weight losses."""
+    Duan et al. 2019, CVPR. Spreads people evenly, those of the batch: C^2 pairs are too many. With class weights."""
     move = centres(self, alpha)
     return lambda x, y: mean_where(1 / (1 + distances(move(unit(x), y)[1])), y[:, None] != y)
 
@@ -741,7 +742,7 @@ def regular(self):
     def formula(x, y):
         w, own = self.head[0].weight[:self.held], self.own(y)           # of subcenter's the first of each class
         near = Cosines.apply(self.enter(unit(own.rows(w))), w)
-        near = own.add(near, torch.full_like(near[:, :1], -4)).amax(1, True)
+        near = own.add(near, torch.full_like(near[:, :1], -4)).max(1, True)[0]
         return (every(near) if self.divided else near).max(1)[0].mean()
     return formula
 
@@ -818,22 +819,22 @@ LOSSES = {name: functools.partial(Term, formula) for name, formula in FORMULAS.i
 
 
 class Loss(nn.Module):
-    """A weighted sum of terms: (embeddings (B, D), labels (B,)) -> scalar.
+    """A weighted sum of terms, (weight, Term, text) each: (embeddings (B, D), labels (B,)) -> scalar.
     spec: the expression, aliases expanded. balanced: a term wants several images a person in the batch.
     weight (C, D) and logits(x) -> (B, C), margin-free: those of the first term with class weights, or None; where
     classes are divided, of the classes held here. top(x, k) -> (B, k): the numbers of the k best of all classes.
     project(x): the embedding to use at inference. score(a, b): a learned similarity, or None.
     expected(): the sum at random initialisation, None where no closed form is known."""
 
-    def __init__(self, spec, terms):
+    def __init__(self, terms):
         super().__init__()
-        self.spec, self.scales = spec, [scale for scale, _ in terms]
-        self.terms = nn.ModuleList(term for _, term in terms)
+        self.scales, each, texts = zip(*terms)
+        self.spec, self.terms = "+".join(texts), nn.ModuleList(each)
         self.balanced = any(t.loss in BALANCED for t in self.terms)
         self.score = next((t.score for t in self.terms if t.score), None)
         self.projections = [t.project for t in self.terms if t.project]
         if len(self.projections) > 1:
-            raise ValueError(f"{spec}: two of these losses change the embedding, each its own way; use one")
+            raise ValueError(f"{self.spec}: two of these losses change the embedding, each its own way; use one")
         self.head = [next((t for t in self.terms if t.weight is not None), None)]       # in a list: not registered
         for t in self.terms:
             t.head = self.head
@@ -936,8 +937,7 @@ def make(spec, dim, classes, share=(0, 1)):
     ValueError in one line, with the nearest right name, for an expression that cannot be read."""
     plus = re.compile(r"(?<![0-9.][eE])\+")                             # not the plus of 1e+3
     parts = [p for s in plus.split("".join(spec.split())) for p in plus.split(ALIASES.get(s.lower(), s))]
-    terms = [term_of(part, dim, classes, share) for part in parts]
-    return Loss("+".join(text for *_, text in terms), [(factor, term) for factor, term, _ in terms])
+    return Loss([term_of(part, dim, classes, share) for part in parts])
 
 
 def table():
