@@ -300,8 +300,8 @@ def adacos(self, dynamic=True, sample=1.0):
 # ---- Margins -------------------------------------------------------------------------------------------------
 
 def annealed(self, norms, m, base, gamma, power, low):
-    """Own logit norms(x, own) (lambda t + psi(m theta)) / (1 + lambda), lambda = max(low, base (1 + gamma
-    step)^-power). The step is a buffer, so that a resumed run does not start the annealing again."""
+    """Own logit norms(x, own) (lambda t + psi(m theta)) / (1 + lambda), lambda = max(low, base (1 + gamma n)^-power)
+    at step n, a buffer, so that a resumed run does not start the annealing again."""
     self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def formula(x, y):
@@ -404,8 +404,7 @@ def adaface(self, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
 def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0, sample=1.0):
     """MagFace: own logit s cos(theta + m(a)), a = ||x||, and lam mean(1/a + a/high^2).
     Meng et al. 2021, 2103.06627. m(a) is linear from (low, m_low) to (high, m_high). Neither part is detached: the
-    margin pulls norms down, the second term, a reward for long x, up. Networks with other norms want another range,
-    e.g. low=1, high=51."""
+    margin pulls norms down, the second term, a reward for long x, up. Other norms want another range: low=1,high=51."""
     def norm(x):
         return x.norm(dim=1, keepdim=True).clamp(low, high)
     rise = (m_high - m_low) / (high - low)
@@ -463,7 +462,7 @@ def uniface(self, s=None, m=0.4, lam=1.0, sample=1.0):
 
 def circle_class(self, gamma=256.0, m=0.25, sample=1.0):
     """Circle loss over classes: gamma [1+m-t]+ (t-(1-m)) against gamma [cos_j+m]+ (cos_j-m).
-    Sun et al. 2020, 2002.10857. The weights [.]+ carry no gradient: it fights the logits. A loss of 20-70 is normal."""
+    Sun et al. 2020, 2002.10857. The weights [.]+ carry no gradient: it fights the logits. Losses of 20-70 are normal."""
     root = math.sqrt(gamma)                                             # for either of the two factors
 
     def loss(c, own):
@@ -648,8 +647,7 @@ def multisim(self, alpha=2.0, beta=50.0, base=0.5):
 
 def siamese(self):
     """DeepFace's siamese metric: p(same) = sigmoid(b - sum_k w_k |x^1_k - x^2_k|), w >= 0 learned.
-    Taigman et al. 2014, CVPR. Logistic loss over the batch's pairs, genuine and impostor averaged apart. verify.py
-    --metric learned uses it."""
+    Taigman et al. 2014, CVPR. Logistic loss, genuine and impostor pairs averaged apart. verify.py --metric learned."""
     self.axes, self.b = nn.Parameter(torch.zeros(self.dim)), nn.Parameter(torch.tensor(math.sqrt(self.dim)))
 
     def weighted(x):
@@ -778,10 +776,9 @@ def defaults_of(formula):
 
 
 def automatic(classes):
-    """s and m for that many classes, where an expression leaves them open. The published 64 and 0.5 were found on
-    10,000 people and more; with 200 people they ended at 6.8 % EER where these ended at 3.6 % (README). s: four times
-    sqrt 2 ln(C - 1), the scale that AdaCos derives as the least that works, up to 64: 30 for 200, 51 for 8,631. m of
-    the angular margins: 0.3 below 10,000."""
+    """s and m for that many classes, where an expression leaves them open. The published 64 and 0.5 suit 10,000 people
+    and more; 200 people ended at 6.8 % EER with them, at 3.6 % with these (README). s: four times sqrt 2 ln(C - 1), the
+    least that works by AdaCos, up to 64: 30 for 200, 51 for 8,631. m of the angular margins: 0.3 below 10,000."""
     return {"s": round(min(64.0, 4 * math.sqrt(2) * math.log(max(classes - 1, 3))), 1),
             "m": 0.5 if classes >= 10_000 else 0.3}
 
@@ -809,7 +806,7 @@ class Term(nn.Module):
         return Enter.apply(x) if self.divided else x
 
     def own(self, y, chosen=None):
-        """Own of labels y among the classes held here, or among the chosen ones of them, in order."""
+        """Own of labels y among the classes held here; chosen: the numbers, in order, of those that take part."""
         here = self.holds(y) if self.divided else torch.ones_like(y, dtype=torch.bool)
         column = y - self.first if chosen is None else torch.searchsorted(chosen, y)
         return Own(column.where(here, 0), here[:, None], self.divided)
@@ -933,8 +930,7 @@ def term_of(part, dim, classes, share):
 
 def make(spec, dim, classes, share=(0, 1)):
     """The loss module of an expression: term ('+' term)*, or a recipe's name among them. share: (process, processes)
-    that class weights are divided among, by default undivided.
-    ValueError in one line, with the nearest right name, for an expression that cannot be read."""
+    that class weights are divided among. A mistake is a ValueError of one line, with the nearest right name."""
     plus = re.compile(r"(?<![0-9.][eE])\+")                             # not the plus of 1e+3
     parts = [p for s in plus.split("".join(spec.split())) for p in plus.split(ALIASES.get(s.lower(), s))]
     return Loss([term_of(part, dim, classes, share) for part in parts])
