@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- What they share: unit vectors, one margin, one cross-entropy --------------------------------------------
+# ---- What they share: unit vectors, one margin, one cross-entropy, class weights -----------------------------
 
 def unit(x):
     """x / ||x|| along the last axis; zero stays zero, and has no gradient instead of an infinite one."""
@@ -145,77 +145,101 @@ def margin_softmax(logits, own, s, target):
     return cross_entropy(own.add(logits, s * (target(t) - t)), own)
 
 
-def per_class(self, fill, *shape, k=1):
-    """Parameter (k C, *shape) initialised by fill, of which this process keeps the rows j, C + j, ... of its classes.
-    Drawn in blocks of a multiple of 16 numbers, for which torch's generator gives the numbers of one great draw: a
-    class starts alike however many processes there are, and the whole is nowhere in memory."""
-    n, block = k * self.classes, 2 ** 16
-    if not self.divided:
-        return nn.Parameter(fill(torch.empty(n, *shape)))
-    parts, ends = [], [*range(0, max(1, n - block + 1), block), n]
-    for low, high in zip(ends, ends[1:]):
-        here = self.holds(torch.arange(low, high) % self.classes)
-        parts.append(fill(torch.empty(high - low, *shape))[here])
-    p = nn.Parameter(torch.cat(parts))
-    p.per_class = k                                                     # tells train.py how to put it together
-    return p
+class Term(nn.Module):
+    """One loss of a sum: its formula, and the state that the formula hangs here. No deepcopy: the copy's formula would
+    still use this one's state; make a second and load_state_dict."""
+    logits = score = project = expected = None
 
+    def __init__(self, formula, dim, classes, share=(0, 1), **arguments):
+        super().__init__()
+        self.loss, self.dim, self.classes = formula, dim, classes
+        self.first, self.end = edges(classes, share[1])[share[0]:][:2]
+        self.held, self.divided = self.end - self.first, share[1] > 1
+        self.register_parameter("weight", None)
+        auto = {k: automatic(classes)[k] for k, default in defaults_of(formula).items() if default is None}
+        self.arguments = auto | arguments
+        self.forward = formula(self, **self.arguments)
 
-def class_weights(self, scaled, loss=None, sample=1.0, k=1):
-    """Hang class weights (C, D) and the margin-free logits scaled(x).w^_j on self; the scale multiplies x^, not the
-    cosines: one (B, C) array less. Returns (x, y, ...) -> loss(logits, the Own of y among their columns, ...).
-    sample < 1: in training, only that share of the classes takes part, the batch's and random others (Partial FC, An
-    et al. 2021, 2010.05222). k > 1: class j has k weights, in rows j, C + j, ...; the nearest counts."""
-    self.weight = per_class(self, lambda w: w.normal_().mul_(self.dim ** -0.5), self.dim, k=k)
+    def holds(self, classes):
+        """Which of these class numbers are held here."""
+        return (classes >= self.first) & (classes < self.end)
 
-    def closest(x, w):
-        logits = Cosines.apply(self.enter(scaled(x)), w)
-        return logits.unflatten(1, (k, -1)).max(1)[0] if k > 1 else logits
+    def enter(self, x):
+        return Enter.apply(x) if self.divided else x
 
-    def formula(x, y, *more):
-        w, chosen = self.weight, None
-        if sample < 1 and self.training:
-            n = min(self.classes, max(round(sample * self.classes), len(y)))
-            draw = torch.rand(self.classes, device=x.device).index_fill_(0, y, 2.0)     # the batch's come first
-            chosen = draw.topk(n)[1].sort()[0]
-            chosen = chosen[self.holds(chosen)] if self.divided else chosen
-            if not len(chosen):
-                raise ValueError(f"none of the {n} sampled classes fell to process {dist.get_rank()}; use a larger"
-                                 " sample= or fewer processes")
-            w = w.unflatten(0, (k, -1))[:, chosen - self.first].flatten(0, 1)
-        return loss(closest(x, w), self.own(y, chosen), *more)
-    self.logits = lambda x: closest(x, self.weight)
-    return formula
+    def own(self, y, chosen=None):
+        """Own of labels y among the classes held here; chosen: the numbers, in order, of those that take part."""
+        here = self.holds(y) if self.divided else torch.ones_like(y, dtype=torch.bool)
+        column = y - self.first if chosen is None else torch.searchsorted(chosen, y)
+        return Own(column.where(here, 0), here[:, None], self.divided)
 
+    def per_class(self, fill, *shape, k=1):
+        """Parameter (k C, *shape) initialised by fill; this process keeps the rows j, C + j, ... of its own classes j.
+        Drawn in blocks of a multiple of 16 numbers, for which torch's generator gives the numbers of one great draw: a
+        class starts alike however many processes there are, and the whole is nowhere in memory."""
+        n, block = k * self.classes, 2 ** 16
+        if not self.divided:
+            return nn.Parameter(fill(torch.empty(n, *shape)))
+        parts, ends = [], [*range(0, max(1, n - block + 1), block), n]
+        for low, high in zip(ends, ends[1:]):
+            here = self.holds(torch.arange(low, high) % self.classes)
+            parts.append(fill(torch.empty(high - low, *shape))[here])
+        p = nn.Parameter(torch.cat(parts))
+        p.per_class = k                                                 # tells train.py how to put it together
+        return p
 
-def linear_softmax(self, scaled, smooth=0.0):
-    """Cross-entropy of a plain linear layer, logits w_j.scaled(x) + b_j."""
-    bound = self.dim ** -0.5                                            # as nn.Linear
-    self.weight = per_class(self, lambda w: w.uniform_(-bound, bound), self.dim)
-    self.bias = per_class(self, lambda b: b.uniform_(-bound, bound))
-    self.logits = lambda x: F.linear(self.enter(scaled(x)), self.weight, self.bias)
-    return lambda x, y: cross_entropy(self.logits(x), self.own(y), smooth)
+    def class_weights(self, scaled, loss=None, sample=1.0, k=1):
+        """Hang class weights (C, D) and the margin-free logits scaled(x).w^_j on self; the scale multiplies x^, not the
+        cosines: one (B, C) array less. Returns (x, y, ...) -> loss(logits, the Own of y among their columns, ...).
+        sample < 1: in training, only that share of the classes takes part, the batch's and random others (Partial FC,
+        An et al. 2021, 2010.05222). k > 1: class j has k weights, in rows j, C + j, ...; the nearest counts."""
+        self.weight = self.per_class(lambda w: w.normal_().mul_(self.dim ** -0.5), self.dim, k=k)
 
+        def closest(x, w):
+            logits = Cosines.apply(self.enter(scaled(x)), w)
+            return logits.unflatten(1, (k, -1)).max(1)[0] if k > 1 else logits
 
-def at_start(self, s, sample=1.0, t=0.0):
-    """Expected first loss, that of random unit vectors, whose cosines are N(0, 1/D): -s t + ln C + s^2/2D, where t is
-    what the own cosine 0 becomes, as long as the sum over classes is not ruled by its largest term."""
-    log_c = math.log(max(round(sample * self.classes), 1))
-    if s * s < 1.5 * self.dim * log_c:
-        self.expected = -s * t + log_c + s * s / (2 * self.dim)
+        def formula(x, y, *more):
+            w, chosen = self.weight, None
+            if sample < 1 and self.training:
+                n = min(self.classes, max(round(sample * self.classes), len(y)))
+                draw = torch.rand(self.classes, device=x.device).index_fill_(0, y, 2.0)     # the batch's come first
+                chosen = draw.topk(n)[1].sort()[0]
+                chosen = chosen[self.holds(chosen)] if self.divided else chosen
+                if not len(chosen):
+                    raise ValueError(f"none of the {n} sampled classes fell to process {dist.get_rank()}; use a larger"
+                                     " sample= or fewer processes")
+                w = w.unflatten(0, (k, -1))[:, chosen - self.first].flatten(0, 1)
+            return loss(closest(x, w), self.own(y, chosen), *more)
+        self.logits = lambda x: closest(x, self.weight)
+        return formula
 
+    def linear_softmax(self, scaled, smooth=0.0):
+        """Cross-entropy of a plain linear layer, logits w_j.scaled(x) + b_j."""
+        bound = self.dim ** -0.5                                        # as nn.Linear
+        self.weight = self.per_class(lambda w: w.uniform_(-bound, bound), self.dim)
+        self.bias = self.per_class(lambda b: b.uniform_(-bound, bound))
+        self.logits = lambda x: F.linear(self.enter(scaled(x)), self.weight, self.bias)
+        return lambda x, y: cross_entropy(self.logits(x), self.own(y), smooth)
 
-def softmax_with(self, s, sample=1.0, margins=None, k=1, learn=False, **fixed):
-    """A normalised head: cross-entropy over s cos, the own class's cosine t being psi(t, **fixed), or, where margins
-    depend on the batch, psi(t, **margins(x)); fixed are then those expected at the start. No margins: t stays."""
-    self.s = nn.Parameter(torch.tensor(s)) if learn else s
+    def at_start(self, s, sample=1.0, t=0.0):
+        """Expected first loss, that of random unit vectors, whose cosines are N(0, 1/D): -s t + ln C + s^2/2D, t being
+        what the own cosine 0 becomes, as long as the sum over classes is not ruled by its largest term."""
+        log_c = math.log(max(round(sample * self.classes), 1))
+        if s * s < 1.5 * self.dim * log_c:
+            self.expected = -s * t + log_c + s * s / (2 * self.dim)
 
-    def loss(logits, own, m):
-        return margin_softmax(logits, own, self.s, lambda t: psi(t, **m)) if m else cross_entropy(logits, own)
-    formula = class_weights(self, lambda x: self.s * unit(x), loss, sample, k)
-    if k == 1:
-        at_start(self, s, sample, float(psi(torch.zeros(()), **fixed)) if fixed else 0.0)
-    return lambda x, y: formula(x, y, margins(x) if margins else fixed)
+    def softmax_with(self, s, sample=1.0, margins=None, k=1, learn=False, **fixed):
+        """A normalised head: cross-entropy over s cos, with psi(t, **fixed) for the own class's cosine t, or, where its
+        margins depend on the batch, psi(t, **margins(x)), fixed being those of the start. Without margins, t stays."""
+        self.s = nn.Parameter(torch.tensor(s)) if learn else s
+
+        def loss(logits, own, m):
+            return margin_softmax(logits, own, self.s, lambda t: psi(t, **m)) if m else cross_entropy(logits, own)
+        formula = self.class_weights(lambda x: self.s * unit(x), loss, sample, k)
+        if k == 1:
+            self.at_start(s, sample, float(psi(torch.zeros(()), **fixed)) if fixed else 0.0)
+        return lambda x, y: formula(x, y, margins(x) if margins else fixed)
 
 
 # ---- Softmax and its normalised forms ------------------------------------------------------------------------
@@ -225,13 +249,13 @@ def ce(self, smooth=0.0):
     What DeepFace (2014), DeepID and VGGFace trained with. Norms carry class frequency and image quality, so judge it
     by the cosine, not by the distance of raw embeddings. No smoothing with margins: they cancel."""
     self.expected = math.log(self.classes)
-    return linear_softmax(self, lambda x: x, smooth)
+    return self.linear_softmax(lambda x: x, smooth)
 
 
 def modified(self):
     """Modified softmax: unit weights, no bias, free norm: logits ||x|| cos_j (Liu et al. 2017, 1704.08063, eq. 4).
     A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
-    return class_weights(self, lambda x: x, cross_entropy)
+    return self.class_weights(lambda x: x, cross_entropy)
 
 
 def l2softmax(self, alpha=16.0, learn=False):
@@ -241,29 +265,29 @@ def l2softmax(self, alpha=16.0, learn=False):
     8,631), as it cannot converge below. Learned (learn=true), it drifts up; the paper's best are fixed ones."""
     alpha = max(alpha, math.log(max(9 * (self.classes - 2), 1)))
     self.alpha = nn.Parameter(torch.tensor(alpha)) if learn else alpha
-    return linear_softmax(self, lambda x: self.alpha * unit(x))
+    return self.linear_softmax(lambda x: self.alpha * unit(x))
 
 
 def normface(self, s=20.0, learn=True, sample=1.0):
     """NormFace: logits s cos_j, s learned (Wang et al. 2017, 1704.06369).
     With s = 1 the loss cannot fall below ln(1 + (C - 1) e^(-C/(C-1))), 8.1 at C = 8,631: the scale is what makes
     cosines trainable. The authors fine-tuned softmax models with it."""
-    return softmax_with(self, s, sample, learn=learn)
+    return self.softmax_with(s, sample, learn=learn)
 
 
 def coco(self, s=30.0, sample=1.0):
     """COCO, congenerous cosine: logits s cos_j with a fixed s (Liu et al. 2017, 1710.00870).
     The centroids of the first version became normalised weights: NormFace with a constant."""
-    return softmax_with(self, s, sample)
+    return self.softmax_with(s, sample)
 
 
 def vmf(self, s=30.0, shared=False):
     """von Mises-Fisher mixture: log C_D(k_j) + k_j cos_j, concentrations k_j learned (Hasnat 2017, 1706.04264).
     shared=true has one k: the normaliser C_D cancels and it is NormFace. I_{D/2-1} overflows, so log C_D comes from
     the uniform asymptotic expansion of Bessel's function (Abramowitz, Stegun 9.7.7), good for D >= 8."""
-    class_weights(self, unit)
+    self.class_weights(unit)
     cosines_of, first, v = self.logits, math.log(s), max(self.dim / 2 - 1, 0.5)
-    self.log_k = nn.Parameter(torch.tensor([first])) if shared else per_class(self, lambda k: k.fill_(first))
+    self.log_k = nn.Parameter(torch.tensor([first])) if shared else self.per_class(lambda k: k.fill_(first))
 
     def log_c(log_k):
         k = log_k.exp()
@@ -275,7 +299,7 @@ def vmf(self, s=30.0, shared=False):
         log_k = self.enter(self.log_k) if shared else self.log_k
         return (cosines_of(x) * log_k.exp()).add_(log_c(log_k) - shift)
     self.logits = logits
-    at_start(self, s)
+    self.at_start(s)
     return lambda x, y: cross_entropy(logits(x), self.own(y))
 
 
@@ -290,10 +314,10 @@ def adacos(self, dynamic=True, sample=1.0):
                 others = own.logsumexp(own.put(self.s * c, -math.inf)).logsumexp(0) - math.log(len(c))
                 self.s.copy_(others.clamp_min(1) / middle.cos())
         return cross_entropy(c.mul_(self.s.clone()), own)               # a clone: the buffer moves on
-    formula = class_weights(self, unit, loss, sample)
+    formula = self.class_weights(unit, loss, sample)
     cosines_of, self.logits = self.logits, lambda x: self.s * cosines_of(x)
     self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(max(self.classes - 1, 2))))
-    at_start(self, float(self.s), sample)
+    self.at_start(float(self.s), sample)
     return formula
 
 
@@ -315,7 +339,7 @@ def annealed(self, norms, m, base, gamma, power, low):
 def lsoftmax(self, m=4, base=1000.0, gamma=2.5e-5, power=35.0, low=0.0):
     """L-softmax: own logit ||w_y|| ||x|| psi(m theta) (Liu et al. 2016, 1612.02295).
     The first margin. Does not converge from scratch without the annealing, here that for MNIST's 20,000 steps."""
-    class_weights(self, unit)
+    self.class_weights(unit)
     self.logits = lambda x: F.linear(self.enter(x), self.weight)
     return annealed(self, lambda x, own: x.norm(dim=1) * own.rows(self.weight).norm(dim=1), m, base, gamma, power, low)
 
@@ -323,19 +347,19 @@ def lsoftmax(self, m=4, base=1000.0, gamma=2.5e-5, power=35.0, low=0.0):
 def asoftmax(self, m=4, base=1000.0, gamma=0.12, power=1.0, low=5.0):
     """A-softmax, SphereFace as published: own logit ||x|| psi(m theta), unit weights.
     Liu et al. 2017, 1704.08063. The annealing ends at lambda = 5, a sixth of the margin. sphereface needs none."""
-    class_weights(self, lambda x: x)
+    self.class_weights(lambda x: x)
     return annealed(self, lambda x, own: x.norm(dim=1), m, base, gamma, power, low)
 
 
 def sphereface(self, s=30.0, m=1.7, sample=1.0):
     """SphereFace on the unit sphere: own logit s psi(m theta) (SphereFace-R, Liu et al. 2021, 2109.05565).
     Without psi, as in some code, the logit rises again beyond pi/m = 106 degrees."""
-    return softmax_with(self, s, sample, m1=m)
+    return self.softmax_with(s, sample, m1=m)
 
 
 def am(self, s=30.0, m=0.35, sample=1.0):
     """AM-softmax: own logit s (cos theta - m) (Wang et al. 2018, 1801.05599)."""
-    return softmax_with(self, s, sample, m3=m)
+    return self.softmax_with(s, sample, m3=m)
 
 
 def cosface(self, s=None, m=0.35, sample=1.0):
@@ -347,14 +371,14 @@ def cosface(self, s=None, m=0.35, sample=1.0):
 def arcface(self, s=None, m=None, sample=1.0):
     """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
     Flat at 15-20 means too high a learning rate, not a bug. m = 0.3 for noisy or small sets."""
-    return softmax_with(self, s, sample, m2=m)
+    return self.softmax_with(s, sample, m2=m)
 
 
 def combined(self, s=None, m1=1.0, m2=0.3, m3=0.2, sample=1.0):
     """Combined margin: own logit s (cos(m1 theta + m2) - m3) (ArcFace's paper, eq. 4).
     m1 multiplies, m2 adds to the angle, m3 to the cosine. (The course write-up prints cos(theta + m1) + m2; a plus
     there would make the task easier.)"""
-    return softmax_with(self, s, sample, m1=m1, m2=m2, m3=m3)
+    return self.softmax_with(s, sample, m1=m1, m2=m2, m3=m3)
 
 
 def curricular(self, s=None, m=None, momentum=0.01, sample=1.0):
@@ -373,14 +397,14 @@ def curricular(self, s=None, m=None, momentum=0.01, sample=1.0):
         del easy, slope, hard
         return cross_entropy(own.add(logits, target - s * t), own)
     self.register_buffer("r", torch.zeros(()))
-    return class_weights(self, lambda x: s * unit(x), loss, sample)
+    return self.class_weights(lambda x: s * unit(x), loss, sample)
 
 
 def subcenter(self, s=None, m=None, k=3, sample=1.0):
     """Sub-center ArcFace: k weights a class, cos_j the largest of their cosines (Deng et al. 2020, ECCV).
     Mislabelled images gather at a minor centre; a person's few images scatter over all three: k = 1, ArcFace, for
     small sets. k times the head's cost and memory."""
-    return softmax_with(self, s, sample, k=k, m2=m)
+    return self.softmax_with(s, sample, k=k, m2=m)
 
 
 def adaface(self, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
@@ -398,7 +422,7 @@ def adaface(self, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
             self.std.lerp_(norm.std(correction=0), momentum)
         z = (h * (norm - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
         return {"m2": -m * z, "m3": m * (1 + z)}
-    return softmax_with(self, s, sample, margins, m3=m)
+    return self.softmax_with(s, sample, margins, m3=m)
 
 
 def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0, sample=1.0):
@@ -408,7 +432,7 @@ def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0
     def norm(x):
         return x.norm(dim=1, keepdim=True).clamp(low, high)
     rise = (m_high - m_low) / (high - low)
-    formula = softmax_with(self, s, sample, lambda x: {"m2": m_low + rise * (norm(x) - low)})
+    formula = self.softmax_with(s, sample, lambda x: {"m2": m_low + rise * (norm(x) - low)})
     self.expected = None
     return lambda x, y: formula(x, y) + lam * (1 / norm(x) + norm(x) / high ** 2).mean()
 
@@ -421,7 +445,7 @@ def elastic(self, s=None, m=None, sigma=0.05, kind="arc", sample=1.0):
 
     def drawn(x):
         return {margin: m + sigma * self.training * torch.randn(len(x), 1, device=x.device, dtype=x.dtype)}
-    return softmax_with(self, s, sample, drawn, **{margin: m})
+    return self.softmax_with(s, sample, drawn, **{margin: m})
 
 
 def one_against_rest(logits, own, gap, alpha, beta):
@@ -436,7 +460,7 @@ def sphereface2(self, r=40.0, m=0.4, t=3, alpha=0.7, lw=50.0):
     Wen et al. 2022, 2108.01513, variant C: margin on both signs. alpha weighs the own class against all others, lw / r
     the whole. b is learned and starts where the loss of orthogonal embeddings is least, a closed form."""
     q = (2 * r) ** (1 / t) / 2                                          # 2 r ((c+1)/2)^t = (q c + q)^t
-    class_weights(self, lambda x: q * unit(x))
+    self.class_weights(lambda x: q * unit(x))
     cosines_of, z = self.logits, alpha / ((1 - alpha) * max(self.classes - 1, 1))
     mine, rest = (r * (2 * 0.5 ** t - 1 + sign * m) for sign in (-1, 1))
     root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(mine - rest))
@@ -454,7 +478,7 @@ def sphereface2(self, r=40.0, m=0.4, t=3, alpha=0.7, lw=50.0):
 def uniface(self, s=None, m=0.4, lam=1.0, sample=1.0):
     """UniFace: one learned threshold b for all classes: softplus of -(s (t - m) - b) and of s cos_j - b.
     Zhou et al. 2023, ICCV. Verification needs that every genuine score lies above one b and every impostor's below."""
-    formula = class_weights(self, lambda x: s * unit(x), lambda logits, own: one_against_rest(
+    formula = self.class_weights(lambda x: s * unit(x), lambda logits, own: one_against_rest(
         logits.sub_(self.enter(self.b)), own, s * m, 1.0, lam), sample)
     self.b = nn.Parameter(torch.tensor(math.log(10 * self.classes)))
     return formula
@@ -462,7 +486,7 @@ def uniface(self, s=None, m=0.4, lam=1.0, sample=1.0):
 
 def circle_class(self, gamma=256.0, m=0.25, sample=1.0):
     """Circle loss over classes: gamma [1+m-t]+ (t-(1-m)) against gamma [cos_j+m]+ (cos_j-m).
-    Sun et al. 2020, 2002.10857. The weights [.]+ carry no gradient: it fights the logits. Losses of 20-70 are normal."""
+    Sun et al. 2020, 2002.10857. The weights [.]+ carry no gradient: it fights the logits. 20-70 is a normal loss."""
     root = math.sqrt(gamma)                                             # for either of the two factors
 
     def loss(c, own):
@@ -470,14 +494,14 @@ def circle_class(self, gamma=256.0, m=0.25, sample=1.0):
         target = (root * (1 + m) - t.detach()).relu() * (t - root * (1 - m))
         weights = own.put((c.detach() + root * m).relu_(), 0)
         return cross_entropy(own.add(c.sub_(root * m).mul_(weights), target), own)
-    return class_weights(self, lambda x: root * unit(x), loss, sample)
+    return self.class_weights(lambda x: root * unit(x), loss, sample)
 
 
 def groupface(self, k=4, lam=0.1, s=None, m=None, sample=1.0):
     """GroupFace: the embedding gains a group-aware part, x + sum_k p_k V_k x, p = softmax(G x).
     Kim et al. 2020, 2005.10497. ArcFace on the sum, plus lam CE(p, k*): k* = argmax (p_k - E p_k)/K + 1/K balances the
     groups nobody labelled. The sum is the embedding at inference too; it costs k D x D products beside the head."""
-    formula = softmax_with(self, s, sample, m2=m)
+    formula = self.softmax_with(s, sample, m2=m)
     free, self.expected = self.logits, None
     self.groups = nn.Linear(self.dim, k)
     self.parts = nn.Parameter(torch.randn(k, self.dim, self.dim) * 0.1 * self.dim ** -0.5)
@@ -781,35 +805,6 @@ def automatic(classes):
     least that works by AdaCos, up to 64: 30 for 200, 51 for 8,631. m of the angular margins: 0.3 below 10,000."""
     return {"s": round(min(64.0, 4 * math.sqrt(2) * math.log(max(classes - 1, 3))), 1),
             "m": 0.5 if classes >= 10_000 else 0.3}
-
-
-class Term(nn.Module):
-    """One loss of a sum: its formula, and the state that the formula hangs here. No deepcopy: the copy's formula would
-    still use this one's state; make a second and load_state_dict."""
-    logits = score = project = expected = None
-
-    def __init__(self, formula, dim, classes, share=(0, 1), **arguments):
-        super().__init__()
-        self.loss, self.dim, self.classes = formula, dim, classes
-        self.first, self.end = edges(classes, share[1])[share[0]:][:2]
-        self.held, self.divided = self.end - self.first, share[1] > 1
-        self.register_parameter("weight", None)
-        auto = {k: automatic(classes)[k] for k, default in defaults_of(formula).items() if default is None}
-        self.arguments = auto | arguments
-        self.forward = formula(self, **self.arguments)
-
-    def holds(self, classes):
-        """Which of these class numbers are held here."""
-        return (classes >= self.first) & (classes < self.end)
-
-    def enter(self, x):
-        return Enter.apply(x) if self.divided else x
-
-    def own(self, y, chosen=None):
-        """Own of labels y among the classes held here; chosen: the numbers, in order, of those that take part."""
-        here = self.holds(y) if self.divided else torch.ones_like(y, dtype=torch.bool)
-        column = y - self.first if chosen is None else torch.searchsorted(chosen, y)
-        return Own(column.where(here, 0), here[:, None], self.divided)
 
 
 LOSSES = {name: functools.partial(Term, formula) for name, formula in FORMULAS.items()}
