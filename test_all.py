@@ -1319,7 +1319,7 @@ def logits_seen():
     seen, keep = [], (F.cross_entropy, losses.one_against_rest)
 
     def watch(f):
-        return lambda logits, y, *a, **k: seen.append((logits.detach().clone(), y)) or f(logits, y, *a, **k)
+        return lambda logits, y, *a, **k: seen.append((logits.detach().clone(), getattr(y, "column", y))) or f(logits, y, *a, **k)
     F.cross_entropy, losses.one_against_rest = map(watch, keep)
     try:
         yield seen
