@@ -250,9 +250,11 @@ def write_submission(path, scores, root):
 # ---- Decisions: a threshold, two images, one among many --------------------------------------------------------
 
 def known_pairs(net, criterion, ckpt, args):
-    """(labels, scores) that a threshold is chosen on: of --threshold-from, or of the checkpoint's validation pairs;
-    None where neither has scores of this metric."""
-    if args.threshold_from:
+    """(labels, scores) that a threshold is chosen on: of --threshold-from, a list of pairs or another checkpoint, or of
+    the checkpoint's validation pairs; None where neither has scores of this metric."""
+    if args.threshold_from and args.threshold_from.endswith(".pt"):
+        ckpt = load(args.threshold_from)
+    elif args.threshold_from:
         pairs = data.read_pairs(args.threshold_from, args.images)
         if pairs.labels is None:
             raise ValueError(f"{args.threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
@@ -556,7 +558,7 @@ def main():
                    help="what becomes of the embeddings of an image and its mirror image [mean]")
     g.add_argument("--far", type=float, help="decide at the threshold of this false accept rate, 1e-3 say [the EER's]")
     g.add_argument("--threshold-from", metavar="FILE", help="choose the threshold on these labelled pairs, images in"
-                   " --images [on the checkpoint's validation pairs]")
+                   " --images, or on the validation pairs of a best.pt [on the checkpoint's own]")
     g = parser.add_argument_group("what to write")
     g.add_argument("--out", help="scores of test pairs, or the probes' names [submission.csv, identification.csv]")
     g.add_argument("--plots", metavar="DIR", help="roc.png, scores.png, hardest.png and scores.csv; ranks.png for"
