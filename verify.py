@@ -510,7 +510,8 @@ def judge(net, criterion, ckpt, args):
             lines.append(f"accuracy over {len(set(pairs.folds))} folds {100 * mean:.2f} +- {100 * error:.2f} %"
                          " (standard error; each at the threshold that is best on the others)")
         if args.threshold_from:
-            known = known_pairs(net, criterion, ckpt, args)
+            if not (known := known_pairs(net, criterion, ckpt, args)):
+                raise ValueError(f"{args.threshold_from}: no validation scores of this metric; name a best.pt with some")
             threshold = eer.at_far(*known, args.far) if args.far else eer.best_threshold(*known)
             far, tar = eer.rates(*eer.split(pairs.labels, scores), threshold)
             acc = np.mean((scores >= threshold) == (pairs.labels == 1))
