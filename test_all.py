@@ -1515,7 +1515,8 @@ def test_losses_answer_mistakes_and_expand_names():
             ("arcfase", "did you mean 'arcface'"), ("arcface:mm=1", "did you mean 'm'"), ("arcface:s", "argument"),
             ("arcface:s=x", "expected float"), ("arcface:s=0", "positive"), ("arcface:m=-1", "0 or more"),
             ("arcface:s=nan", "finite"), ("triplet:mining=al", "all or hard or semihard"),
-            ("ce++center", "cannot read"), ("modified:s=1", "takes no arguments"), ("center+regular", "ce+regular"), ("2*deepid2", "stands for"),
+            ("ce++center", "cannot read"), ("modified:s=1", "takes no arguments"),
+            ("center+regular", "ce+regular"), ("2*deepid2", "stands for"),
             ("facenet:m=1", "stands for"), ("1e+*ce", "numbers"), ("-1*ce", "weight"), ("1e999*ce", "weight"),
             ("arcface:sample=2", "0..1"), ("arcface:sample=0", "0..1"), ("normface:learn=maybe", "expected bool"),
             ("subcenter:k=1.5", "expected int"), ("tse+groupface", "embedding"), ("", "cannot read"),
@@ -1585,80 +1586,72 @@ def test_losses_hold_few_arrays():
 def slow_losses_memorise_people_through_train(tmp):
     """Each loss, alone or with its partner, through train.py: EER 0 on four memorised people, and a resumed run
     ends as the whole one."""
-    data.synthesise(tmp / "set", people=8, images=4, size=32)
-    rows = [(n, y) for _, line in data.lines(tmp / "set/cls_data/train/labels.txt") for n, y in [line.split()]
-            if int(y) < 4]
-    (tmp / "set/cls_data/train/labels.txt").write_text("".join(f"{n} {y}\n" for n, y in rows))
-    for split in ("dev", "test"):
-        shutil.rmtree(tmp / f"set/cls_data/{split}")
-    shutil.rmtree(tmp / "set/ver_data")
-    shutil.copytree(tmp / "set/cls_data/train/images", tmp / "set/ver_data")
+    data.synthesise(tmp / "made", people=8, images=4, size=32)
+    shutil.copytree(tmp / "made/cls_data/train", tmp / "set/cls_data/train")
+    shutil.copytree(tmp / "made/cls_data/train/images", tmp / "set/ver_data")
+    labels = tmp / "set/cls_data/train/labels.txt"
+    rows = [row for _, line in data.lines(labels) if int((row := line.split())[1]) < 4]
+    labels.write_text("".join(f"{n} {y}\n" for n, y in rows))
     (tmp / "set/val_pairs.txt").write_text("".join(f"{a} {b} {int(y == z)}\n" for (a, y), (b, z)
                                                    in itertools.combinations(rows, 2)))
-    (tmp / "set/test_pairs.txt").unlink()
-    quick = mock.patch.multiple(os, fsync=lambda f: None), mock.patch.multiple(data, plot=lambda *a: None)
     plain = [part for name in data.AUGMENT for part in (f"--{name}", 0)]
     missed = []
     for name in losses.LOSSES:
         spec = ("ce+0.01*" if name in SHAPES or name == "regular" else "") + name
         spec += ":k=1" if name == "subcenter" else ":mining=all" if name == "triplet" else ""
         lr = dict(l2softmax=1e-2, tse=1e-2, tpe=1e-2, npair=1e-3).get(name, 3e-3)
-        flags = ("--data", tmp / "set", "--arch", "swiftface", "--dim", 64, "--batch-size", 8, "--per-person", 2,
-                 "--epochs", 50, "--lr", lr, "--amp", "off", "--loss", spec, *plain)
-        whole, parts = (tmp / name / out for out in ("whole", "parts"))
-        with quick[0], quick[1]:
-            for out, start, steps in ((whole, flags, 20), (parts, flags, 7), (parts, ["--resume"], 20),
-                                      (whole, ["--resume"], 100)):
-                if steps == 100:
-                    same(*(verify.load(f / "last.pt") for f in (whole, parts)), name)
-                assert run(train, *start, "--out", out, "--steps", steps, cwd=tmp)[0] == 0, name
-        whole = verify.load(whole / "last.pt")
-        print(f"    {spec}: EER {whole['best']:.3f}", flush=True)
-        missed += [spec] * (whole["best"] > 0)
+        start = ("--data", tmp / "set", *TINY, "--dim", 64, "--batch-size", 8, "--per-person", 2, "--epochs", 50,
+                 "--lr", lr, "--loss", spec, *plain)
+        whole, parts = tmp / name / "whole", tmp / name / "parts"
+
+        def go(out, stop, *flags):
+            run(train, *flags, "--out", out, "--steps", stop, cwd=tmp)
+
+        with mock.patch.object(os, "fsync", lambda f: None), mock.patch.object(data, "plot", lambda *a: None):
+            go(whole, 20, *start)
+            go(parts, 7, *start)
+            go(parts, 20, "--resume")
+            same(*(verify.load(out / "last.pt") for out in (whole, parts)), name)
+            go(whole, 100, "--resume")
+        best = verify.load(whole / "last.pt")["best"]
+        print(f"    {spec}: EER {best:.3f}", flush=True)
+        missed += [spec] * (best > 0)
         shutil.rmtree(tmp / name)
     assert not missed, missed
 
 
-def command(argv, cwd):
-    """A run of train.py, in a process of its own."""
-    os.chdir(cwd)
-    torch.set_num_threads(1)
-    sys.argv, sys.stdout, sys.stderr = ["train.py", *map(str, argv)], *(open("text.txt", "a"),) * 2
-    data.cli(train.main)
-
-
 def slow_kills(tmp):
     """Runs killed (-9) at twenty random times, start and saving included, and resumed end as the uninterrupted one."""
-    rng, fork = np.random.default_rng(0), multiprocessing.get_context("forkserver")
-
     def go(seconds, *argv):
-        child = fork.Process(target=command, args=(argv, tmp))
+        """The time that train.py took, or None where it was killed before its end."""
         since = time.monotonic()
-        child.start()
-        child.join(seconds)
-        child.kill()
-        child.join()
-        assert child.exitcode in (0, -9), (tmp / "text.txt").read_text()[-2000:]
-        return child.exitcode, time.monotonic() - since
+        with (tmp / "text.txt").open("w") as text:
+            child = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, argv)], cwd=tmp, stdout=text,
+                                     stderr=text, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(seconds)
+            child.kill()
+        assert child.wait() in (0, -9), (tmp / "text.txt").read_text()[-2000:]
+        return time.monotonic() - since if child.returncode == 0 else None
 
+    rng = np.random.default_rng(0)
     for i, (name, flags) in enumerate(RUNS.items()):
         whole, parts = tmp / f"whole{i}", tmp / f"parts{i}"
-        start = ("--data", faces(), "--arch", "swiftface", "--dim", 16, "--epochs", 20, "--batch-size", 16,
-                 "--lr", .02, "--amp", "off", "--save-every", 0, *flags, "--out")
-        both = go(None, *start, whole)[1], go(None, "--resume", "--out", whole)[1]      # all of it, the start alone
-        resume, kills, writing = ("--resume", "--out", parts), 0, 0
+        start = "--data", faces(), *TINY, "--epochs", 20, "--save-every", 0, *flags, "--out"
+        resume, kills, writing = ("--resume", "--out"), 0, 0
+        all_of_it, beginning = go(None, *start, whole), go(None, *resume, whole)
         while kills < 20:
-            code, _ = go(rng.uniform(0, both[1] + (both[0] - both[1]) / 12),
-                         *resume if (parts / "last.pt").exists() else (*start, parts))
-            assert code == -9, f"{name}: over after {kills} kills"
+            seconds = rng.uniform(0, beginning + (all_of_it - beginning) / 12)
+            ended = go(seconds, *(resume if (parts / "last.pt").exists() else start), parts)
+            assert ended is None, f"{name}: over after {kills} kills"
             kills, writing = kills + 1, writing + any(parts.glob("*.tmp"))
         at = verify.load(parts / "last.pt")["step"]
-        go(None, *resume)
+        go(None, *resume, parts)
         for file in ("last.pt", "best.pt"):
             same(verify.load(whole / file), verify.load(parts / file), f"{name}: {file}")
-        rows = [[r | {"seconds": 0, "img_per_s": 0} for r in csv.DictReader((out / "log.csv").open())]
-                for out in (whole, parts)]
-        assert rows[0] == rows[1] and len(rows[0]) == 20 and not list(parts.glob("*.tmp")), name
+        one, two = (list(csv.DictReader((out / "log.csv").open())) for out in (whole, parts))
+        same(one, two, name)
+        assert len(one) == 20 and not list(parts.glob("*.tmp")), name
         print(f"    {name}: {kills} kills, {writing} of them within a write, the last by step {at} of 60", flush=True)
 
 
@@ -1679,33 +1672,33 @@ def augment(*args):
 data.augment = augment
 data.cli(train.main)
 """)
-    since = time.monotonic()
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1",
-                        "--master_port", str(free_port()), "crash.py", "--data", faces(), "--arch", "swiftface", "--dim",
-                        "16", "--batch-size", "15", "--amp", "off", "--out", "o", "--loss", "cosface", "--shard"],
-                       cwd=tmp, capture_output=True, text=True, timeout=300)
+    since, torchrun = time.monotonic(), (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2,
+                                         "--max-restarts", 1, "--master_port", free_port(), "crash.py")
+    flags = "--data", faces(), *TINY, "--batch-size", 15, "--out", "o", "--loss", "cosface", "--shard"
+    p = subprocess.run([*map(str, torchrun + flags)], cwd=tmp, capture_output=True, text=True, timeout=300)
     print(f"    {time.monotonic() - since:.0f} s, exit code {p.returncode}")
-    assert p.returncode and "error: the fan is broken" in p.stderr and "process 0 ends, for another did" in p.stderr, p.stderr
+    for text in ("error: the fan is broken", "process 0 ends, for another did"):
+        assert p.returncode and text in p.stderr, p.stderr
     assert verify.load(tmp / "o/last.pt")["step"] == 8, p.stdout
 
 
 def slow_distributed_classes(tmp):
-    """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the resident
-    memory, bytes sent (an all-reduce of n bytes sends 2 (N - 1) / N n each), median seconds of five."""
-    import resource
+    """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the
+    resident memory, bytes sent (an all-reduce of n bytes sends 2 (N - 1) / N n each), median seconds of five."""
+    from resource import RUSAGE_SELF, getrusage
     seen = {}
-    for classes, n, shard in itertools.product((10_000, 100_000, 1_000_000), (1, 2), (False, True)):
-        if shard == (n == 1) and n == 1 or classes == 1_000_000 and n == 2 and not shard:
+    for classes, (n, shard) in itertools.product((10_000, 100_000, 1_000_000), ((1, False), (2, False), (2, True))):
+        if (classes, n, shard) == (1_000_000, 2, False):
             continue                                        # two whole copies of a million are 20 GB
 
         def task(rank):
-            before, sent, spent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [0], []
+            before, sent, spent = getrusage(RUSAGE_SELF).ru_maxrss, [], []
             if n > 1:
                 torch.distributed.init_process_group("gloo")
             real = torch.distributed.all_reduce
 
             def all_reduce(t, *args):
-                sent[0] += t.numel() * t.element_size() * 2 * (n - 1) // n
+                sent.append(t.numel() * t.element_size() * 2 * (n - 1) // n)
                 return real(t, *args)
             torch.manual_seed(0)
             head = losses.make("arcface", 512, classes, (rank, n) if shard else (0, 1))
@@ -1713,30 +1706,34 @@ def slow_distributed_classes(tmp):
             x, y, b = torch.randn(128, 512), torch.randint(0, classes, (128,)), 128 // n
             with mock.patch.object(torch.distributed, "all_reduce", all_reduce):
                 for _ in range(6):
-                    since, sent[0] = time.perf_counter(), 0
+                    since = time.perf_counter()
                     z = x[rank * b:rank * b + b].clone().requires_grad_()
                     loss = head(train.together(z, rank * b, 128) if n > 1 else z, y)
                     opt.zero_grad()
                     loss.backward()
                     opt.step()
                     spent.append(time.perf_counter() - since)
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return after - before, sent[0], float(np.median(spent[1:])), loss.item()
-        memory, sent, seconds, loss = processes(n, task, tmp)[0]
+            memory = getrusage(RUSAGE_SELF).ru_maxrss - before
+            return memory / 2 ** 10, sum(sent) / 6e3, np.median(spent[1:]) * 1e3, loss.item()
+
+        memory, sent, ms, loss = processes(n, task, tmp)[0]
         close(loss, seen.setdefault(classes, loss), 1e-4, "the loss after six steps")
-        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory / 2 ** 10:7.0f} MiB,"
-              f" {sent / 1e3:6.0f} kB,"
-              f" {seconds * 1e3:6.0f} ms, loss {loss:.4f}", flush=True)
+        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory:7.0f} MiB, {sent:6.0f} kB,"
+              f" {ms:6.0f} ms, loss {loss:.4f}", flush=True)
+
+
+def seconds(call):
+    since = time.perf_counter()
+    call()
+    return time.perf_counter() - since
 
 
 def slow_losses_cost():
     """Heads at 8,631 classes, batch 256, dimension 512: time of forward and backward over that of a linear layer with
     cross-entropy, medians of seven runs in turn, and how it grows with the number of classes."""
-    def seconds(module, x, y):
+    def spent(module, x, y):
         module.zero_grad()
-        since = time.perf_counter()
-        module(x.detach().requires_grad_(), y).backward()
-        return time.perf_counter() - since
+        return seconds(lambda: module(x.detach().requires_grad_(), y).backward())
 
     class Plain(nn.Linear):
         def forward(self, x, y):
@@ -1745,45 +1742,39 @@ def slow_losses_cost():
     x, y, plain, over = torch.randn(256, 512), torch.randint(0, 8631, (256,)), Plain(512, 8631), {}
     for name in ("ce", *CLASS_HEADS):
         head = losses.make(name, 512, 8631)
-        pairs = [(seconds(head, x, y), seconds(plain, x, y)) for _ in range(9)][2:]
-        over[name] = np.median([a / b for a, b in pairs])
-        print(f"    {name:<13} {1e3 * np.median([a for a, _ in pairs]):6.0f} ms  {over[name]:.2f} x linear + ce")
-    for classes in (10_000, 100_000, 1_000_000):
-        for sample in (1, 0.1):
-            head, y = losses.make(f"cosface:sample={sample}", 512, classes), torch.randint(0, classes, (128,))
-            spent = [seconds(head, x[:128], y) for _ in range(3)][1:]
-            print(f"    cosface, {classes} classes, sample={sample}: {1e3 * min(spent):.0f} ms")
-            del head
+        ours, linear = np.array([(spent(head, x, y), spent(plain, x, y)) for _ in range(9)][2:]).T
+        over[name] = np.median(ours / linear)
+        print(f"    {name:<13} {1e3 * np.median(ours):6.0f} ms  {over[name]:.2f} x linear + ce")
+    for classes, sample in itertools.product((10_000, 100_000, 1_000_000), (1, 0.1)):
+        head, y = losses.make(f"cosface:sample={sample}", 512, classes), torch.randint(0, classes, (128,))
+        ms = 1e3 * min([spent(head, x[:128], y) for _ in range(3)][1:])
+        print(f"    cosface, {classes} classes, sample={sample}: {ms:.0f} ms")
+        del head
     beyond = {n: round(float(r), 2) for n, r in over.items() if r > 1.5 and n not in ("subcenter", "groupface")}
     assert not beyond, beyond
+
+
+def training_step(net, opt, loss_of, x, bf16):
+    with torch.autocast(x.device.type, torch.bfloat16, bf16):
+        z = net(x)
+    loss = loss_of(z)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
 
 
 def slow_models_speed():
     """Images/s of each architecture at 112 pixels, batch 32, 8 where that takes long: a training step with AdamW in the
     precision that train.py picks, and embedding in float32 with the batch norms folded away; the better of two after
     one to warm up."""
-    cast = train.precision(torch.device("cpu"))
+    bf16, last = train.precision(torch.device("cpu")) == "bf16", dict(memory_format=torch.channels_last)
     for arch in models.ARCHS:
-        net = models.make(arch).to(memory_format=torch.channels_last)
-        opt = torch.optim.AdamW(net.parameters(), fused=True)
-        x = torch.randn(32 if models.macs(net) < 2e9 else 8, 3, 112, 112).to(memory_format=torch.channels_last)
-
-        def step():
-            with torch.autocast("cpu", torch.bfloat16, cast == "bf16"):
-                z = net(x)
-            opt.zero_grad()
-            z.float().square().mean().backward()
-            opt.step()
-
-        def embed(folded=models.fold(net).to(memory_format=torch.channels_last)):
-            with torch.no_grad():
-                folded(x)
-
-        rates = []
-        for call in (step, embed):
-            call()
-            since = time.perf_counter(), call(), time.perf_counter(), call(), time.perf_counter()
-            rates.append(len(x) / min(since[2] - since[0], since[4] - since[2]))
+        net = models.make(arch).to(**last)
+        folded, opt = models.fold(net).to(**last), torch.optim.AdamW(net.parameters(), fused=True)
+        x = torch.randn(32 if models.macs(net) < 2e9 else 8, 3, 112, 112).to(**last)
+        calls = (functools.partial(training_step, net, opt, lambda z: z.float().square().mean(), x, bf16),
+                 torch.no_grad()(functools.partial(folded, x)))
+        rates = [len(x) / min([seconds(call) for _ in range(3)][1:]) for call in calls]
         print(f"{arch} {rates[0]:.0f} {rates[1]:.0f}", flush=True)
 
 
@@ -1793,8 +1784,7 @@ def slow_bench(tmp):
     ResNet-18 with the same neck in a plain loop, at 112 pixels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, more = (128, 10) if device.type == "cuda" else (32, 1)
-    with contextlib.redirect_stdout(None):
-        data.synthesise(tmp / "set", people=100, images=22, size=112)
+    data.synthesise(tmp / "set", people=100, images=22, size=112)
     files, labels = data.read_split(tmp / "set/cls_data/train")
     for f, y in zip(files, labels):
         (tmp / f"people/{y}").mkdir(parents=True, exist_ok=True)
@@ -1812,61 +1802,48 @@ def slow_bench(tmp):
             change(x)
             yield 128
 
-    def folder(*steps):
-        for x, _ in torch.utils.data.DataLoader(torchvision.datasets.ImageFolder(tmp / "people", T.Compose(steps)), 128,
-                                                True, num_workers=2, pin_memory=device.type == "cuda"):
+    def folder(side, steps):
+        faces = torchvision.datasets.ImageFolder(tmp / "people", T.Compose([T.Resize(side), *steps]))
+        for x, _ in torch.utils.data.DataLoader(faces, 128, True, num_workers=2, pin_memory=device.type == "cuda"):
             x.to(device, non_blocking=True)
             yield len(x)
 
-    net, peer = models.make("resnet18"), torchvision.models.resnet18()
-    peer.avgpool, peer.fc = nn.AdaptiveAvgPool2d(4), nn.Sequential(nn.Linear(8192, 512, False), nn.BatchNorm1d(512))
-    heads = losses.make("ce", 512, 8631), nn.Linear(512, 8631)
-    (net.to(device, memory_format=torch.channels_last), *(m.to(device) for m in (peer, *heads)))
-    x, y = torch.randn(batch, 3, 112, 112, device=device), torch.randint(0, 8631, (batch,), device=device)
-    fast = x.to(memory_format=torch.channels_last)
-
-    def training(net, x, loss_of, opt):
-        for _ in range(5 * more):
-            with torch.autocast(device.type, torch.bfloat16, train.precision(device) == "bf16"):
-                z = net(x)
-            loss = loss_of(z)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
+    def repeated(n, call, *args):
+        for _ in range(n * more):
+            call(*args)
             yield batch
 
-    @torch.no_grad()
-    def embedding(net, x):
-        for _ in range(20 * more):
-            net(x)
-            yield batch
-
-    def rate(stages):                                       # stages() yields the number of images of each batch
-        steps = stages()
-        next(steps)
-        since, done = time.perf_counter(), sum(steps)
+    def rate(stages):                                       # they yield the number of images of each batch
+        next(stages)
+        since, done = time.perf_counter(), sum(stages)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return done / (time.perf_counter() - since)
 
-    adamw = [torch.optim.AdamW([*n.parameters(), *h.parameters()], **how)
-             for n, h, how in ((net, heads[0], {"fused": True}), (peer, heads[1], {}))]
-    folded = models.fold(net).to(memory_format=torch.channels_last)
-    frozen = copy.deepcopy(peer).eval()
-    for what, a, b in (
-            *((f"{what}, {side} pixels", functools.partial(ours, side, change), functools.partial(
-                folder, T.Resize(side), *steps)) for side in packs for what, change, steps in (
-                    ("gathered", lambda x: x, plain), ("augmented", lambda x: data.augment(x, strength), every))),
-            ("training", lambda: training(net, fast, lambda z: heads[0](z, y), adamw[0]),
-             lambda: training(peer, x, lambda z: F.cross_entropy(heads[1](z.float()), y), adamw[1])),
-            ("embedding", lambda: embedding(folded, fast), lambda: embedding(frozen, x))):
-        pairs = np.array([(rate(a), rate(b)) for _ in range(3)])
+    net, peer, last = models.make("resnet18"), torchvision.models.resnet18(), dict(memory_format=torch.channels_last)
+    peer.avgpool, peer.fc = nn.AdaptiveAvgPool2d(4), nn.Sequential(nn.Linear(8192, 512, False), nn.BatchNorm1d(512))
+    head, linear = losses.make("ce", 512, 8631).to(device), nn.Linear(512, 8631).to(device)
+    net.to(device, **last), peer.to(device)
+    x, y = torch.randn(batch, 3, 112, 112, device=device), torch.randint(0, 8631, (batch,), device=device)
+    fast, bf16 = x.to(**last), train.precision(device) == "bf16"
+    folded, frozen = models.fold(net).to(**last), copy.deepcopy(peer).eval()
+    adamw = [torch.optim.AdamW([*n.parameters(), *h.parameters()], fused=fused)
+             for n, h, fused in ((net, head, True), (peer, linear, False))]
+    part = functools.partial
+    contests = [(f"{what}, {side} pixels", part(ours, side, change), part(folder, side, steps))
+                for side in packs for what, change, steps in (
+                    ("gathered", lambda x: x, plain), ("augmented", lambda x: data.augment(x, strength), every))]
+    contests += [
+        ("training", lambda: repeated(5, training_step, net, adamw[0], lambda z: head(z, y), fast, bf16),
+         lambda: repeated(5, training_step, peer, adamw[1], lambda z: F.cross_entropy(linear(z.float()), y), x, bf16)),
+        ("embedding", lambda: repeated(20, torch.no_grad()(folded.forward), fast),
+         lambda: repeated(20, torch.no_grad()(frozen.forward), x))]
+    for what, a, b in contests:
+        pairs = np.array([(rate(a()), rate(b())) for _ in range(3)])
         print(f"    {what:<21} {np.median(pairs[:, 0]):8.0f} images/s, peer {np.median(pairs[:, 1]):6.0f},"
               f" {np.median(pairs[:, 0] / pairs[:, 1]):6.2f} x", flush=True)
     labels, scores = np.random.default_rng(0).random(10_000_000) < 0.5, np.random.default_rng(1).random(10_000_000)
-    since = time.perf_counter()
-    eer.eer(labels, scores)
-    print(f"    EER of ten million scores: {time.perf_counter() - since:.2f} s")
+    print(f"    EER of ten million scores: {seconds(lambda: eer.eer(labels, scores)):.2f} s")
 
 
 # ---- README and the rest -------------------------------------------------------------------------------------
