@@ -431,8 +431,8 @@ def normalise(x):
     return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-# Strengths of each augmentation, in short runs and from 16 epochs on, and what it means. On 6,820 images the milder ones
-# were worth two points of EER after 6 epochs, the stronger ones two to three after 24 (README).
+# Strengths of each augmentation, in short runs and from 16 epochs on, and what it means. On 6,820 images the milder
+# were worth two points of EER after 6 epochs, the stronger more than two after 24 (README).
 AUGMENT = dict(
     mirror=(0.5, 0.5, "probability of a mirror image"), rotate=(4, 10, "largest rotation, degrees"),
     shift=(0.02, 0.05, "largest shift, share of the side"), zoom=(0.04, 0.1, "largest zoom in or out, share"),
@@ -458,7 +458,8 @@ def augment(x, strength, part=None):
         return across[:, None], (down + middle)[:, :, None]
 
     columns, rows = lines(cos * flip, -sin, u[:, 3]), lines(sin * flip, cos, u[:, 4])
-    # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y
+    # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y.
+    # The mean is that of every fourth pixel of every fourth row.
     grey = u.new_tensor([0.299, 0.587, 0.114])
     bright, contrast, colour = (1 + u[:, 5:8] * u.new_tensor([s.brightness, s.contrast, s.saturation])).T
     matrix = (bright * contrast)[:, None, None] * (colour[:, None, None] * torch.eye(3, device=x.device)
@@ -861,7 +862,7 @@ def main():
     parser.error = usage
     parser.add_argument("--data", default="data", help="the set's folder or one above it [data]")
     parser.add_argument("--holdout", type=float, default=0.1, help="as in train.py [0.1]")
-    parser.add_argument("--augment", action="store_true", help="draw the contact sheet as a long training sees the images")
+    parser.add_argument("--augment", action="store_true", help="draw the contact sheet as a long run sees the images")
     parser.add_argument("--sheet", default="contact.png", help="where the contact sheet goes [contact.png]")
     args = parser.parse_args()
     faces = load(args.data, args.holdout)
@@ -908,7 +909,8 @@ def main():
     _, images, good = packs[0]
     x = torch.from_numpy(images[np.random.default_rng(0).permutation(good)[:72]])
     if args.augment:
-        x = ((augment(x, {name: long for name, (_, long, _) in AUGMENT.items()}) + 1) * 127.5).byte().permute(0, 2, 3, 1)
+        x = augment(x, {name: long for name, (_, long, _) in AUGMENT.items()})
+        x = ((x + 1) * 127.5).byte().permute(0, 2, 3, 1)
     each = np.bincount(faces.train[1])
     width = -(-each.max() // 40)                                                # at most 41 bars, of whole numbers
     edges = np.arange(0, each.max() + width + 1, width)

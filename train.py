@@ -118,7 +118,7 @@ def arguments():
         other = [k for k, v in ckpt["args"].items() if k not in FREE and getattr(args, k) != v]
         if other:
             raise ValueError(f"cannot resume {out} with another " + ", ".join(
-                f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave them out, or start anew")
+                f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave that out, or start anew")
         return args, ckpt, held
     args.lr = args.lr if args.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[args.opt]
     args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]

@@ -87,7 +87,7 @@ def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None
     mirror image, their concat, or none. project is the loss's own last layer, where it has one.
     ValueError if an embedding is not finite. Under torchrun each process embeds a part, and all receive all."""
     device = next(model.parameters()).device
-    batch_size = batch_size or (64 if device.type == "cpu" else 256)    # what a CPU's cache holds: twice as quick as 256
+    batch_size = batch_size or (64 if device.type == "cpu" else 256)    # a CPU's cache holds no more
     net = models.fold(model).to(memory_format=torch.channels_last)      # in eval mode, batch-norms folded away
     rows, since, out = np.arange(len(images)) if rows is None else np.asarray(rows), time.monotonic(), []
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -511,7 +511,7 @@ def judge(net, criterion, ckpt, args):
                          " (standard error; each at the threshold that is best on the others)")
         if args.threshold_from:
             if not (known := known_pairs(net, criterion, ckpt, args)):
-                raise ValueError(f"{args.threshold_from}: no validation scores of this metric; name a best.pt with some")
+                raise ValueError(f"{args.threshold_from}: no validation scores of this metric; name another best.pt")
             threshold = eer.at_far(*known, args.far) if args.far else eer.best_threshold(*known)
             far, tar = eer.rates(*eer.split(pairs.labels, scores), threshold)
             acc = np.mean((scores >= threshold) == (pairs.labels == 1))
