@@ -118,7 +118,7 @@ def arguments():
         other = [k for k, v in ckpt["args"].items() if k not in FREE and getattr(args, k) != v]
         if other:
             raise ValueError(f"cannot resume {out} with another " + ", ".join(
-                f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave that out, or start anew")
+                f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave it out, or start anew")
         return args, ckpt, held
     args.lr = args.lr if args.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[args.opt]
     args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]
@@ -270,7 +270,7 @@ def together(z, first, total):
 
 
 def whole(t, k, classes):
-    """On process 0, the rows (k C, ...) of a tensor of which each process has its classes'; see losses.per_class."""
+    """On process 0, the rows (k C, ...) of a tensor of which each process has its classes'; see losses.Term.per_class."""
     t = t.detach().cpu().unflatten(0, (k, -1)).contiguous()
     if dist.get_rank():
         dist.send(t, 0)
@@ -448,7 +448,7 @@ def main():
         """The loss must be finite; asked only now and then, for on a GPU asking means waiting."""
         finite = torch.stack([p.isfinite().all() for p in learned]).all()
         if (bad := int(sums[2]) or int(~finite) * step):
-            raise ValueError(f"the loss or a weight was not finite at step {bad}: lower --lr (now {args.lr:g}), lengthen"
+            raise ValueError(f"the loss or a weight was not finite at step {bad}: lower --lr ({args.lr:g}), lengthen"
                              f" --warmup, or try --amp off; {out}/last.pt is from before")
 
     saved = time.monotonic()
