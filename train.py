@@ -270,7 +270,7 @@ def together(z, first, total):
 
 
 def whole(t, k, classes):
-    """On process 0, the rows (k C, ...) of a tensor of which each process has its classes'; see losses.Term.per_class."""
+    """On process 0, the rows (k C, ...) of a tensor of which each process has those of its classes; see per_class."""
     t = t.detach().cpu().unflatten(0, (k, -1)).contiguous()
     if dist.get_rank():
         dist.send(t, 0)
