@@ -79,14 +79,14 @@ def arguments():
     g.add_argument("--epochs", type=number(int, 1), default=8, help="passes over the training images [8]")
     g.add_argument("--steps", type=number(int, 1), help="stop after this many steps in all; the schedule stays that"
                    " of --epochs, and --resume goes on [none]")
-    g.add_argument("--batch-size", type=number(int, 2), help="images a step [128; 64 for fewer than 5,000 images]")
+    g.add_argument("--batch-size", type=number(int, 2), help="images a step [128; 64 for fewer than 50,000 images]")
     g.add_argument("--per-person", type=number(int, 2), default=4, help="images a person in the batches of losses on"
                    " pairs and triplets [4]")
     g.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="AdamW, or SGD with Nesterov momentum"
                    " 0.9 [adamw]")
     g.add_argument("--lr", type=number(float, 0), help="peak learning rate [0.001 for adamw, 0.1 for sgd]")
     g.add_argument("--weight-decay", type=number(float, 0), help="on matrices and kernels, not on norms, biases and"
-                   " learned scalars [0.05 for adamw, 5e-4 for sgd]")
+                   " learned scalars [0.05 for adamw, 1 for fewer than 50,000 images; 5e-4 for sgd]")
     g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps with rising rate [0.1]")
     g.add_argument("--clip", type=number(float, 0), default=5.0, help="largest norm of the gradient, 0 for any [5]")
     g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the weights"
@@ -121,7 +121,6 @@ def arguments():
                 f"--{k.replace('_', '-')} (it has {ckpt['args'][k]})" for k in other) + "; leave it out, or start anew")
         return args, ckpt, held
     args.lr = args.lr if args.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[args.opt]
-    args.weight_decay = args.weight_decay if args.weight_decay is not None else {"sgd": 5e-4, "adamw": 0.05}[args.opt]
     for name, strengths in data.AUGMENT.items():
         if getattr(args, name) is None:
             setattr(args, name, strengths[args.epochs >= LONG])
@@ -361,6 +360,10 @@ def main():
     learned = [p for p in (*net.parameters(), *criterion.parameters()) if p.requires_grad]
     if not learned:
         raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
+    few = len(rows) < 50_000                                # small sets want smaller steps, and much more decay (README)
+    args.batch_size = args.batch_size or (64 if few else 128)
+    if args.weight_decay is None:
+        args.weight_decay = 5e-4 if args.opt == "sgd" else 1.0 if few else 0.05
     groups = [{"params": [p for p in learned if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}]
     opt = (torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True) if args.opt == "sgd" else
@@ -368,7 +371,6 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     cast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, args.amp != "off")
 
-    args.batch_size = args.batch_size or (128 if len(rows) >= 5000 else 64)
     per_person = min(args.per_person, len(rows)) if criterion.balanced else 0
     per_epoch = len(order(labels, rows, args.batch_size, args.seed, 0, per_person))
     total_steps = args.epochs * per_epoch
