@@ -1215,7 +1215,8 @@ SHAPES = "range ring uniform center center_invariant".split()                   
 
 def loss_of(spec, dim=8, classes=6, double=True, seed=0):
     torch.manual_seed(seed)
-    with mock.patch.object(losses, "automatic", lambda classes: {"s": 64.0, "m": 0.5}):         # as published
+    published = lambda f, *_: {"s": 64.0, "m": 0.35 if f is losses.cosface else 0.5}
+    with mock.patch.object(losses, "automatic", published):
         module = losses.make(spec, dim, classes)
     return module.double() if double else module
 
@@ -1532,8 +1533,9 @@ def test_losses_answer_mistakes_and_expand_names():
             ("Softmax", "ce"), ("DeepID2", "ce+0.05*contrastive"), (" ce + 1e-3 * center ", "ce+1e-3*center"),
             ("facenet", "triplet:mining=semihard,m=0.2"), ("softmax:smooth=0.1", "ce:smooth=0.1"),
             ("1e+0*ce+regular", "1e+0*ce+regular"), ("normface:learn=FALSE", "normface:learn=False"),
-            ("arcface:m=0", "arcface:s=9.1,m=0.0"), ("cosface", "cosface:s=9.1")):
+            ("arcface:m=0", "arcface:s=9.1,m=0.0"), ("cosface", "cosface:s=9.1,m=0.35")):
         assert losses.make(spec, 8, 6).spec == losses.make(expanded, 8, 6).spec == expanded
+    assert losses.make("cosface", 8, 3318, images=6820).spec == "cosface:s=20.1,m=0.15"     # few images a person
     assert [n for n in losses.LOSSES if losses.make(with_partner(n), 8, 6).balanced] == (
         "contrastive double_margin marginal triplet hinge tse tpe npair supcon circle multisim siamese range").split()
     assert all(f"  {n}" in losses.table() for n in (*losses.LOSSES, *losses.ALIASES))
@@ -1785,7 +1787,7 @@ def slow_models_speed():
 
 def slow_models_race():
     """Every architecture for the same training seconds (SECONDS, 60) on the faces of the folder FACES, or data/, the
-    schedule following the clock; then the validation EER. swiftface sees 48 pixels, the others 64. Or the ARCHS only."""
+    schedule following the clock; then the validation EER. swiftface sees 48 pixels, the others 64. Or ARCHS only."""
     budget, faces = float(os.environ.get("SECONDS", 60)), data.load(os.environ.get("FACES", "data"))
     cpu, cache, (files, labels) = torch.device("cpu"), data.cache_folder(faces.root), faces.train
     strength = {name: short for name, (short, _, _) in data.AUGMENT.items()}

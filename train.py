@@ -345,7 +345,7 @@ def main():
     share = (rank, world) if args.shard else (0, 1)
     if classes < share[1]:
         raise ValueError(f"--shard: {classes} people cannot be divided among {world} processes; leave it out")
-    criterion = losses.make(args.loss, args.dim, classes, share).to(device)
+    criterion = losses.make(args.loss, args.dim, classes, share, len(rows)).to(device)
     if world > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif world > 1:
@@ -360,7 +360,7 @@ def main():
     learned = [p for p in (*net.parameters(), *criterion.parameters()) if p.requires_grad]
     if not learned:
         raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
-    few = len(rows) < 50_000                                # small sets want smaller steps, and much more decay (README)
+    few = len(rows) < 50_000                                # these want smaller steps and much more decay (README)
     args.batch_size = args.batch_size or (64 if few else 128)
     if args.weight_decay is None:
         args.weight_decay = 5e-4 if args.opt == "sgd" else 1.0 if few else 0.05

@@ -60,7 +60,7 @@ def load(path):
         raise ValueError(f"{path}: not a checkpoint of train.py; name a best.pt or last.pt that it wrote")
     if ckpt["face_checkpoint"] > VERSION:
         raise ValueError(f"{path}: written by a newer version of these scripts; update them")
-    if lacks := ({"args", "names", "model", "ema", "loss"} - ckpt.keys()
+    if lacks := ({"args", "names", "images", "model", "ema", "loss"} - ckpt.keys()
                  or {"arch", "dim", "size", "loss", "data", "holdout", "seed"} - ckpt["args"].keys()):
         raise ValueError(f"{path}: damaged, it lacks {', '.join(sorted(lacks))}; name another best.pt or last.pt")
     return ckpt
@@ -70,7 +70,7 @@ def build(ckpt, device="cpu"):
     """(backbone, loss module) of a checkpoint, in eval mode."""
     a = ckpt["args"]
     net = models.make(a["arch"], a["dim"], a["size"])
-    criterion = losses.make(a["loss"], a["dim"], len(ckpt["names"]))
+    criterion = losses.make(a["loss"], a["dim"], len(ckpt["names"]), images=ckpt["images"])
     try:
         net.load_state_dict(ckpt["ema"] or ckpt["model"])
         criterion.load_state_dict(ckpt["loss"])
