@@ -342,7 +342,8 @@ def cache_folder(root):
 
 def reserve(path, shape):
     """A new memory-mapped uint8 array in path, its blocks promised by the disk, for writing to a mapped page that has
-    none kills the process; None where there is no room."""
+    none kills the process; None where there is no room, or no such thing as a memory map."""
+    rows = None
     try:
         rows = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):
@@ -821,7 +822,7 @@ def lock(folder, wait=False):
     f = open(Path(folder, ".lock"), "a")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        for old in Path(folder).glob("*.tmp"):
+        for old in Path(folder).glob("*.[0-9]*.tmp"):
             old.unlink(missing_ok=True)
     except BlockingIOError:
         raise ValueError(f"{folder}: another run is at work there; wait for its end, or give another --out") from None

@@ -894,6 +894,13 @@ def test_verify_compares(tmp):
     net, criterion = verify.build(verify.load(trained() / "best.pt"))
     logits = criterion.logits(verify.embed(net, np.stack([data.decode(f, 32) for f in d.test[0]]), unit=False))
     close(one["test_acc1"], np.mean(logits.argmax(1).numpy() == d.test[1]))
+    every = [trained() / "best.pt", trained() / "last.pt"]
+    images = np.stack([data.decode(f, 32) for f in d.val_pairs.files])
+    each = [verify.scored(*verify.build(verify.load(c)), images, d.val_pairs)[0] for c in every]
+    both = judged(tmp, "--ckpt", *every, "--out", "both.csv", "--threshold-from", *every[::-1][1:])["together"]
+    close(both["eer"], eer.eer(d.val_pairs.labels, np.mean(each, 0))[0])
+    close(both["threshold_from"]["threshold"], eer.best_threshold(d.val_pairs.labels, each[0]), 1e-6)
+    assert len((tmp / "both.csv").read_text().splitlines()) == len(d.test_pairs.left) + 1
     tiny(tmp, "--loss", "ce", "--dim", 2, "--out", "flat", epochs=1)
     (tmp / "empty").mkdir()
     out, err = run(verify, "--compare", "flat", trained(), "empty", "--json", cwd=tmp)

@@ -112,7 +112,7 @@ def arguments():
         args.out = args.out or str(folder_of(args, -1))
         held = os.environ.get("RANK", "0") == "0" and Path(args.out).is_dir() and data.lock(args.out)
         ckpt = verify.load(Path(args.out) / "last.pt")
-        parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device")})
+        parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device", "steps")})
         out, args = args.out, parser.parse_args()
         args.out = out
         other = [k for k, v in ckpt["args"].items() if k not in FREE and getattr(args, k) != v]
@@ -230,7 +230,8 @@ def start_from(net, path, arch, freeze):
     new = [k for k, _ in net.named_parameters() if k not in fits]
     print(f"backbone from {path}" + (f"; new: {', '.join(new)}" if new else ""))
     for k, p in net.named_parameters():
-        p.requires_grad_(not freeze or k not in fits)
+        if freeze and k in fits:
+            p.requires_grad_(False)
 
 
 def agreed(*flags):
@@ -356,6 +357,8 @@ def main():
         raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
     if args.init and not ckpt:
         start_from(net, args.init, args.arch, args.freeze)
+    for k, p in net.named_parameters() if ckpt else ():
+        p.requires_grad_(k not in ckpt.get("frozen", ()))
     average = copy.deepcopy(net).requires_grad_(False) if args.ema else None
     learned = [p for p in (*net.parameters(), *criterion.parameters()) if p.requires_grad]
     if not learned:
@@ -364,17 +367,16 @@ def main():
     args.batch_size = args.batch_size or (64 if few else 128)
     if args.weight_decay is None:
         args.weight_decay = 5e-4 if args.opt == "sgd" else 1.0 if few else 0.05
-    groups = [{"params": [p for p in learned if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in learned if (p.squeeze().ndim > 1) == decays], "weight_decay": decay}
+              for decays, decay in ((True, args.weight_decay), (False, 0.0))]
     opt = (torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True) if args.opt == "sgd" else
            torch.optim.AdamW(groups, args.lr, fused=True))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     cast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, args.amp != "off")
 
     per_person = min(args.per_person, len(rows)) if criterion.balanced else 0
-    per_epoch = len(order(labels, rows, args.batch_size, args.seed, 0, per_person))
+    per_epoch, batch = order(labels, rows, args.batch_size, args.seed, 0, per_person).shape
     total_steps = args.epochs * per_epoch
-    batch = min(args.batch_size, len(rows))
     if batch < world:
         raise ValueError(f"a batch of {batch} images cannot be divided among {world} processes; use fewer")
     part = slice(batch * rank // world, batch * (rank + 1) // world)        # of the batch, through our backbone
@@ -427,7 +429,7 @@ def main():
     print(f"{faces.root}: {len(rows)} images of {classes} people at {args.size}x{args.size}"
           + (f"; {faces.note}" if faces.note else ""))
     print(f"{args.arch}, {n_net / 1e6:.2f} M parameters, and {criterion.spec}, {n_loss / 1e6:.2f} M; {device}, amp"
-          f" {args.amp}; {args.epochs} epochs of {per_epoch} steps of {min(args.batch_size, len(rows))}; {out}")
+          f" {args.amp}; {args.epochs} epochs of {per_epoch} steps of {batch}; {out}")
 
     # Ctrl-C and SIGTERM let the step finish, then save. A second one ends at once.
     stop = []
@@ -439,6 +441,7 @@ def main():
         loss, state = regroup(functools.partial(whole, classes=classes), criterion.state_dict(),
                               extra.get("opt", {"state": {}}))
         return {"face_checkpoint": verify.VERSION, "args": vars(args), "names": faces.names, "images": len(rows),
+                "frozen": [k for k, p in net.named_parameters() if not p.requires_grad],
                 "model": net.state_dict(), "ema": average.state_dict() if average else None,
                 "loss": loss, "step": step, "best": best, **extra} | ({"opt": state} if "opt" in extra else {})
 
@@ -533,8 +536,9 @@ def main():
                 print(f"best.pt here is not a link of ours and stays as it is; the new one is {out}/best.pt")
         if rank == 0:
             rows_out = io.StringIO()
-            csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writeheader()
-            csv.DictWriter(rows_out, COLUMNS, lineterminator="\n").writerows([*log, row])
+            table = csv.DictWriter(rows_out, COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows([*log, row])
             data.write(out / "log.csv", rows_out.getvalue().encode())
             data.plot(out / "curves.png", curves([*log, row]))
         if not partial:

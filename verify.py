@@ -5,7 +5,8 @@
     python verify.py --ckpt best.pt one.jpg two.jpg              # a score, and same or different
     python verify.py --ckpt best.pt --pairs FILE --images DIR    # any list of pairs, the homework's or LFW's
     python verify.py --ckpt best.pt --gallery known --probes unknown     # who each probe is, or nobody of the gallery
-    python verify.py --ckpt a.pt b.pt scores.csv --plots DIR     # ROC curves over each other, histograms, hard pairs
+    python verify.py --ckpt a.pt b.pt --out both.csv             # each, and together: the mean of their scores
+    python verify.py --ckpt a.pt scores.csv --plots DIR          # ROC curves over each other, histograms, hard pairs
     python verify.py --compare runs/*                            # a table of what was tried
 
 An image and its mirror go through the backbone, their mean is the embedding; a pair's score is the cosine of its
@@ -250,10 +251,14 @@ def write_submission(path, scores, root):
 # ---- Decisions: a threshold, two images, one among many --------------------------------------------------------
 
 def known_pairs(net, criterion, ckpt, args):
-    """(labels, scores) that a threshold is chosen on: of --threshold-from, a list of pairs or another checkpoint, or of
-    the checkpoint's validation pairs; None where neither has scores of this metric."""
+    """(labels, scores) that a threshold is chosen on: of --threshold-from, a list of pairs or another checkpoint of the
+    same loss, or of the checkpoint's validation pairs; None where neither has scores of this metric."""
     if args.threshold_from and args.threshold_from.endswith(".pt"):
-        ckpt = load(args.threshold_from)
+        other = load(args.threshold_from)
+        if other["args"]["loss"] != ckpt["args"]["loss"]:
+            raise ValueError(f"{args.threshold_from} is of --loss {other['args']['loss']}, whose scores are others;"
+                             " name one of the same loss")
+        ckpt = other
     elif args.threshold_from:
         pairs = data.read_pairs(args.threshold_from, args.images)
         if pairs.labels is None:
@@ -313,7 +318,8 @@ def embedded(net, ckpt, args, folder, project):
         rows = [row.partition("\t") for _, row in data.lines(listing)]
         if len(z) != len(rows):
             raise ValueError(f"{listing}: {len(rows)} lines, but {folder} has {len(z)} embeddings; save them anew")
-        return z, [f for f, _, _ in rows], [name or Path(f).stem for f, _, name in rows]
+        names = [name for _, _, name in rows]
+        return z, [f for f, _, _ in rows], names if any(names) else None
     files, names = data.read_split(folder)
     if not files:
         raise ValueError(f"{folder}: no such folder, or no images in it and its sub-folders; name another")
@@ -363,6 +369,9 @@ def identify(net, criterion, ckpt, args):
     else:                                                                        # as it is, perhaps beyond memory
         people, first = people[labels], np.arange(len(z))
     p, probes, truth = embedded(net, ckpt, args, args.probes, project)
+    if p.shape[1] != z.shape[1]:
+        raise ValueError(f"{args.gallery}: {z.shape[1]} numbers an embedding, but the probes have {p.shape[1]}; save it"
+                         " anew with this checkpoint")
     truth = truth or truth_of(args.probes, len(probes))
     scores, found = search(z, p, 5, similarity=similarity)                       # (P, 5)
     threshold, why = threshold_of(known_pairs(net, criterion, ckpt, args), args.far)
@@ -457,14 +466,15 @@ def compare(folders):
     for folder in map(Path, folders):
         try:
             ckpt, log = load(folder / "best.pt"), list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
-        except (ValueError, OSError) as e:
-            print(f"left out: {e}", file=sys.stderr)
+            modules, row = build(ckpt), next(r for r in log if int(r["step"]) == ckpt["step"])
+        except (ValueError, OSError, StopIteration) as e:
+            print(f"left out: {e or f'{folder}: log.csv lacks the step of best.pt'}", file=sys.stderr)
             continue
-        modules, val = build(ckpt), ckpt.get("val") and [ckpt["val"][k].numpy() for k in ("labels", "scores")]
+        val = ckpt.get("val") and [ckpt["val"][k].numpy() for k in ("labels", "scores")]
         r = eer.report(*val) if val else {"eer": np.nan, "tar@far=1e-2": np.nan}
         runs.append({"run": str(folder), "loss": modules[1].spec, "arch": ckpt["args"]["arch"], "epochs": len(log),
                      "EER": r["eer"], "TAR at FAR 1e-2": r["tar@far=1e-2"],
-                     "accuracy on dev": float(min(log, key=lambda row: float(row["eer"]))["acc"]),
+                     "accuracy on dev": float(row["acc"]),
                      "seconds": round(float(log[-1]["seconds"])),
                      "parameters": sum(w.numel() for m in modules for w in m.parameters())})
     if not runs:
@@ -476,9 +486,21 @@ def compare(folders):
 
 # ---- Command line ----------------------------------------------------------------------------------------------
 
+def moved(known, labels, scores, far):
+    """(accuracy, FAR and FRR as a dictionary, a line about them) at the threshold that known pairs choose: the best, or
+    with far the lowest that keeps that rate."""
+    threshold = eer.at_far(*known, far) if far else eer.best_threshold(*known)
+    far, tar = eer.rates(*eer.split(labels, scores), threshold)
+    acc = np.mean((scores >= threshold) == (labels == 1))
+    return dict(threshold=threshold, acc=acc, far=far, frr=1 - tar), (
+        f"at threshold {threshold:.4f} of --threshold-from: accuracy {eer.percent(acc)}, FAR {eer.percent(far)}, FRR"
+        f" {eer.percent(1 - tar)}")
+
+
 def judge(net, criterion, ckpt, args):
-    """A checkpoint on pairs and, on its own data set, on dev and test: (result, text, drawn). drawn holds what pictures
-    need: val (Images, Pairs, scores), train (Images, labels, rows)."""
+    """A checkpoint on pairs and, on its own data set, on dev and test: (result, text, drawn). drawn holds what is left
+    to do: val (Images, Pairs, scores), known (labels, scores), train (Images, labels, rows), test (Pairs, scores,
+    root)."""
     a, classes = ckpt["args"], len(ckpt["names"])
     if args.pairs:
         pairs, faces = data.read_pairs(args.pairs, args.images), {"root": Path(args.images)}
@@ -491,7 +513,8 @@ def judge(net, criterion, ckpt, args):
     cache = data.cache_folder(faces["root"])
     sets = {k: pack_pairs(pairs, a["size"], cache, k) for k, pairs in sets.items()}
     if faces.get("names") == ckpt["names"]:
-        for k in ("train",) * (criterion.weight is None or bool(args.plots)) + ("dev", "test"):
+        drawing = bool(args.plots) and a["dim"] == 2
+        for k in ("train",) * (criterion.weight is None or drawing) + ("dev", "test"):
             files, labels = faces[k] or (None, None)
             if labels is not None:
                 images, good = data.pack(files, a["size"], cache, k)
@@ -512,24 +535,20 @@ def judge(net, criterion, ckpt, args):
         if args.threshold_from:
             if not (known := known_pairs(net, criterion, ckpt, args)):
                 raise ValueError(f"{args.threshold_from}: no validation scores of this metric; name another best.pt")
-            threshold = eer.at_far(*known, args.far) if args.far else eer.best_threshold(*known)
-            far, tar = eer.rates(*eer.split(pairs.labels, scores), threshold)
-            acc = np.mean((scores >= threshold) == (pairs.labels == 1))
-            result["threshold_from"] = dict(threshold=threshold, acc=acc, far=far, frr=1 - tar)
-            lines.append(f"at threshold {threshold:.4f} of {args.threshold_from}: accuracy {eer.percent(acc)},"
-                         f" FAR {eer.percent(far)}, FRR {eer.percent(1 - tar)}")
+            drawn["known"] = known
+            result["threshold_from"], line = moved(known, pairs.labels, scores, args.far)
+            lines.append(line)
     for k in [k for k in ("dev", "test") if k in sets]:
         result[f"{k}_acc1"], result[f"{k}_acc5"] = top = closed_set(net, criterion, sets[k], sets.get("train"), classes)
         lines.append(f"{k}, closed set: top-1 {eer.percent(top[0])}, top-5 {eer.percent(top[1])}")
     if {"dev_acc1", "eer"} <= set(result):
         result["combined"] = 0.5 * result["dev_acc1"] + 0.5 * (1 - result["eer"])
         lines.append(f"combined score, 0.5 top-1 on dev + 0.5 (1 - EER): {result['combined']:.4f}")
-    if "test_pairs" in sets and len(args.ckpt) == 1:
-        (images, pairs), out = sets["test_pairs"], args.out or "submission.csv"
+    if "test_pairs" in sets:
+        images, pairs = sets["test_pairs"]
         scores, z = scored(net, criterion, images, pairs, args.metric, args.mirror)
         embeddings.append((z, pairs.files))
-        write_submission(out, scores, faces["root"])
-        lines.append(f"{len(pairs.left)} pairs of {pairs.path} scored: {out}")
+        drawn["test"] = pairs, scores, faces["root"]
     if args.save_embeddings:
         z, files = zip(*embeddings)
         save_embeddings(args.save_embeddings, torch.cat(z), sum(files, []))
@@ -541,7 +560,7 @@ def main():
     parser.error = data.usage
     parser.add_argument("files", nargs="*", metavar="IMAGE", help="two images to compare")
     parser.add_argument("--ckpt", nargs="+", default=["best.pt"], help="checkpoint of train.py; several, and CSV files"
-                        " of label,score, are judged one after the other [best.pt]")
+                        " of label,score, are judged one by one and by the mean of their scores [best.pt]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=device,
                         help="[%(default)s]")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print a table of these folders of train.py")
@@ -558,10 +577,12 @@ def main():
     g.add_argument("--mirror", choices=["mean", "concat", "none"], default="mean",
                    help="what becomes of the embeddings of an image and its mirror image [mean]")
     g.add_argument("--far", type=float, help="decide at the threshold of this false accept rate, 1e-3 say [the EER's]")
-    g.add_argument("--threshold-from", metavar="FILE", help="choose the threshold on these labelled pairs, images in"
-                   " --images, or on the validation pairs of a best.pt [on the checkpoint's own]")
+    g.add_argument("--threshold-from", metavar="FILE", nargs="+", help="choose the threshold on these labelled pairs,"
+                   " images in --images, or on the validation pairs of a best.pt, one for each --ckpt: of pairs the"
+                   " most accurate, otherwise the EER's [the checkpoint's own pairs]")
     g = parser.add_argument_group("what to write")
-    g.add_argument("--out", help="scores of test pairs, or the probes' names [submission.csv, identification.csv]")
+    g.add_argument("--out", help="scores of test pairs, or the probes' names [submission.csv, identification.csv; none"
+                   " for several checkpoints]")
     g.add_argument("--plots", metavar="DIR", help="roc.png, scores.png, hardest.png and scores.csv; ranks.png for"
                    " --probes; embeddings.png for checkpoints of --dim 2 [none]")
     g.add_argument("--save-embeddings", metavar="FILE.npy", help="the embeddings of the pairs' or the gallery's images,"
@@ -574,18 +595,26 @@ def main():
         raise ValueError(f"{len(args.files)} images; give two to compare")
     if args.far is not None and not 0 < args.far < 1:
         raise ValueError(f"--far {args.far:g}: a rate lies between 0 and 1; give 1e-3 for one in a thousand")
-    if not os.access(Path(args.out or "submission.csv").resolve().parent, os.W_OK):
+    if args.save_embeddings and (len(args.ckpt) > 1 or args.files):
+        raise ValueError("--save-embeddings takes one checkpoint, and pairs or a gallery")
+    from_each = args.threshold_from or [None]
+    if len(from_each) not in (1, len(args.ckpt)):
+        raise ValueError(f"--threshold-from: {len(from_each)} files for {len(args.ckpt)} checkpoints; give one each")
+    folder = Path(args.out or "submission.csv").resolve().parent
+    if not (args.compare or args.files or os.access(folder, os.W_OK)):
         raise ValueError(f"{args.out or os.getcwd()}: that folder is not there or is read-only; give another --out")
     if args.probes and not args.gallery:
         raise ValueError("--probes needs --gallery, the images of known people")
     mode = two_images if args.files else identify if args.gallery else judge
     if mode is not judge and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
         raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
-    results, texts, judged, planes = {}, [], {}, []
+    results, texts, judged, known, tests, planes = {}, [], {}, [], [], []
     if args.compare:
         results[""], text = compare(args.compare)
         args.ckpt, texts = [], [text]
-    for path in args.ckpt:
+    if len(from_each) == 1:
+        from_each = from_each * len(args.ckpt)
+    for path, args.threshold_from in zip(args.ckpt, from_each):
         own = Path(path).resolve()
         name = own.parent.name if own.stem in ("best", "last") and own.parent.name not in results else own.stem
         name = path if name in results else name
@@ -602,10 +631,25 @@ def main():
             texts.append(text)
             if "val" in drawn:
                 judged[name] = drawn["val"][1].labels, drawn["val"][2]
+            known += filter(None, [drawn.get("known")])
+            tests += filter(None, [drawn.get("test")])
             if args.plots and ckpt["args"]["dim"] == 2 and drawn.get("train"):
                 planes.append(plane(net, criterion, drawn["train"]))
         if len(args.ckpt) > 1:
             texts[-1] = f"{name}:\n{texts[-1]}"
+    if len(judged) > 1 and len({labels.tobytes() for labels, _ in judged.values()}) == 1:
+        labels, scores = judged[name][0], np.mean([scores for _, scores in judged.values()], 0)
+        judged["together"], results["together"] = (labels, scores), eer.report(labels, scores)
+        texts.append(f"together, the mean of their scores:\n{eer.show(results['together'])}")
+        if known and len({labels.tobytes() for labels, _ in known}) == 1:
+            one = known[0][0], np.mean([scores for _, scores in known], 0)
+            results["together"]["threshold_from"], line = moved(one, labels, scores, args.far)
+            texts.append(line)
+    if len(args.ckpt) == 1 and tests or args.out and len({len(scores) for _, scores, _ in tests}) == 1:
+        pairs, _, root = tests[0]
+        out = args.out or "submission.csv"
+        write_submission(out, np.mean([scores for _, scores, _ in tests], 0), root)
+        texts.append(f"{len(pairs.left)} pairs of {pairs.path} scored: {out}")
     if args.plots and judged:
         draw_scores(plots(args), judged)
         if len(args.ckpt) == 1 and not path.endswith(".csv"):
