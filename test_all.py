@@ -613,6 +613,8 @@ def test_train_fine_tunes(tmp):
     tiny(tmp, *init, "--freeze", "--loss", "tpe:k=8", "--out", "second", epochs=1)
     first, second = (verify.load(tmp / f / "best.pt") for f in ("first", "second"))
     same(first["model"], second["model"])                                       # frozen, batch statistics included
+    run(train, "--resume", "--out", "second", "--epochs", 2, cwd=tmp)
+    same(first["model"], verify.load(tmp / "second/last.pt")["model"])          # still frozen
     net, criterion = verify.build(second)
     assert not torch.equal(second["loss"]["terms.0.projection"], torch.eye(8, 16))
     assert verify.embed(net, np.zeros((3, 32, 32, 3), np.uint8), criterion.project).shape == (3, 8)

@@ -322,7 +322,8 @@ def main():
     torch.backends.cudnn.benchmark = True
 
     # Faces: found, decoded once, memory-mapped.
-    [agreed() for _ in range(turn)]
+    for _ in range(turn):
+        agreed()
     if args.data == "data" and not Path("data").exists():
         print("no data/ folder and no --data: rendering synthetic faces into data/ and training on those")
         data.synthesise("data")
@@ -337,7 +338,8 @@ def main():
         sets["dev"] = packed, faces.dev[1], good
     if faces.val_pairs:
         sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, args.size, cache, "val_pairs")
-    [agreed() for _ in range(2 - turn)]
+    for _ in range(2 - turn):
+        agreed()
     y_all = torch.from_numpy(labels).to(device)
 
     # Network, loss, optimizer.
