@@ -417,7 +417,10 @@ def batches(images, order, device, part=slice(None)):
     without waiting."""
     def fetch(index):
         both = torch.from_numpy(index), torch.from_numpy(images[index[part]])
-        return [t.pin_memory() for t in both] if device.type == "cuda" else both
+        if device.type != "cuda":
+            return both
+        with torch.cuda.device(device):                     # this thread's is another
+            return [t.pin_memory() for t in both]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = None

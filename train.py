@@ -305,11 +305,12 @@ def main():
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if rank:
         sys.stdout = open(os.devnull, "w")
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(local)                        # before anything is put on the first one
     args, ckpt, held = arguments()
     device = torch.device(args.device)
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", local))
+        device = torch.device("cuda", local) if device.type == "cuda" else device
         # A dead peer closes its connections at once, so the time limit may be long: somebody decodes the images.
         store = dist.PrefixStore(RESTARTS, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
@@ -548,7 +549,8 @@ def main():
             sums.zero_()
             save_last()
             saved = time.monotonic()
-    print(f"done: python verify.py --ckpt {out}/best.pt")
+    judged = faces.val_pairs or faces.test_pairs
+    print(f"done: python verify.py --ckpt {out}/best.pt" + ("" if judged else " --pairs FILE --images DIR"))
     if world > 1:
         agreed()
         dist.destroy_process_group()

@@ -10,8 +10,8 @@
     python verify.py --compare runs/*                            # a table of what was tried
 
 An image and its mirror go through the backbone, their mean is the embedding; a pair's score is the cosine of its
-two embeddings. Each distinct image is embedded once, in float32, so that scores depend neither on the batch size
-nor on the order of the pairs.
+two embeddings. Each distinct image is embedded once, in float32 (products in TF32 on GPUs that have it), so that
+scores depend neither on the batch size nor on the order of the pairs.
 """
 import argparse
 import csv
