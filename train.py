@@ -444,6 +444,7 @@ def main():
         loss, state = regroup(functools.partial(whole, classes=classes), criterion.state_dict(),
                               extra.get("opt", {"state": {}}))
         return {"face_checkpoint": verify.VERSION, "args": vars(args), "names": faces.names, "images": len(rows),
+                "spec": criterion.spec,
                 "frozen": [k for k, p in net.named_parameters() if not p.requires_grad],
                 "model": net.state_dict(), "ema": average.state_dict() if average else None,
                 "loss": loss, "step": step, "best": best, **extra} | ({"opt": state} if "opt" in extra else {})

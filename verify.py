@@ -61,7 +61,7 @@ def load(path):
         raise ValueError(f"{path}: not a checkpoint of train.py; name a best.pt or last.pt that it wrote")
     if ckpt["face_checkpoint"] > VERSION:
         raise ValueError(f"{path}: written by a newer version of these scripts; update them")
-    if lacks := ({"args", "names", "images", "model", "ema", "loss"} - ckpt.keys()
+    if lacks := ({"args", "names", "spec", "model", "ema", "loss"} - ckpt.keys()
                  or {"arch", "dim", "size", "loss", "data", "holdout", "seed"} - ckpt["args"].keys()):
         raise ValueError(f"{path}: damaged, it lacks {', '.join(sorted(lacks))}; name another best.pt or last.pt")
     return ckpt
@@ -71,7 +71,7 @@ def build(ckpt, device="cpu"):
     """(backbone, loss module) of a checkpoint, in eval mode."""
     a = ckpt["args"]
     net = models.make(a["arch"], a["dim"], a["size"])
-    criterion = losses.make(a["loss"], a["dim"], len(ckpt["names"]), images=ckpt["images"])
+    criterion = losses.make(ckpt["spec"], a["dim"], len(ckpt["names"]))
     try:
         net.load_state_dict(ckpt["ema"] or ckpt["model"])
         criterion.load_state_dict(ckpt["loss"])
@@ -255,7 +255,7 @@ def known_pairs(net, criterion, ckpt, args):
     same loss, or of the checkpoint's validation pairs; None where neither has scores of this metric."""
     if args.threshold_from and args.threshold_from.endswith(".pt"):
         other = load(args.threshold_from)
-        if other["args"]["loss"] != ckpt["args"]["loss"]:
+        if other["args"]["loss"] != ckpt["args"]["loss"]:   # not the spec: s and m may differ with the people
             raise ValueError(f"{args.threshold_from} is of --loss {other['args']['loss']}, whose scores are others;"
                              " name one of the same loss")
         ckpt = other
