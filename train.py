@@ -109,7 +109,7 @@ def arguments():
     args = parser.parse_args()
     if args.resume or RESTARTS != "0" and args.out and Path(args.out, "last.pt").exists():
         # The run's own arguments, unless the user insists.
-        args.out = args.out or str(folder_of(args, -1))
+        args.out = args.out or str(folder_of(args, resume=True))
         held = os.environ.get("RANK", "0") == "0" and Path(args.out).is_dir() and data.lock(args.out)
         ckpt = verify.load(Path(args.out) / "last.pt")
         parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device", "steps")})
@@ -138,24 +138,22 @@ def precision(device):
     return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "off"
 
 
-def folder_of(args, which):
-    """runs/<loss>_<arch>, then _2, _3, ...: number which of those that hold a run, or the first that is free."""
+def folder_of(args, resume=False):
+    """runs/<loss>_<arch>, then _2, _3, ...: the first that is free, or to resume the last that holds a run."""
     base = Path("runs") / re.sub(r"[^\w.+-]+", "_", f"{args.loss}_{args.arch}")
     taken = []
     while (folder := base if not taken else Path(f"{base}_{len(taken) + 1}")).joinpath("log.csv").exists():
         taken.append(folder)
-    if which is None:
-        return folder
-    if not taken:
+    if resume and not taken:
         raise ValueError(f"{base}: no run to resume; name its folder with --out")
-    return taken[which]
+    return taken[-1] if resume else folder
 
 
 def claim(args):
     """(folder, lock) of a new run. The exclusive creation of log.csv keeps two runs from sharing a folder, the lock
     two that resume; a run that was killed before its first save leaves its folder free."""
     while True:
-        out = Path(args.out) if args.out else folder_of(args, None)
+        out = Path(args.out) if args.out else folder_of(args)
         out.mkdir(parents=True, exist_ok=True)
         log = out / "log.csv"
         try:
