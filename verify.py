@@ -637,8 +637,8 @@ def main():
                 planes.append(plane(net, criterion, drawn["train"]))
         if len(args.ckpt) > 1:
             texts[-1] = f"{name}:\n{texts[-1]}"
-    if len(judged) > 1 and len({labels.tobytes() for labels, _ in judged.values()}) == 1:
-        labels, scores = judged[name][0], np.mean([scores for _, scores in judged.values()], 0)
+    if len(judged) > 1 and len({labels.astype(float).tobytes() for labels, _ in judged.values()}) == 1:
+        labels, scores = next(iter(judged.values()))[0], np.mean([scores for _, scores in judged.values()], 0)
         judged["together"], results["together"] = (labels, scores), eer.report(labels, scores)
         texts.append(f"together, the mean of their scores:\n{eer.show(results['together'])}")
         if known and len({labels.tobytes() for labels, _ in known}) == 1:
