@@ -268,11 +268,13 @@ def rgb(file):
         return im.convert("RGB")
 
 
-def decode(file, size):
-    """uint8 (size, size, 3): the central square of an image. ValueError naming the file if it cannot be read."""
+def decode(file, size, crop=1.0):
+    """uint8 (size, size, 3): of an image's central square the inner part, crop of its side. ValueError naming the file
+    if it cannot be read."""
     try:
         im = rgb(file)
-        return np.asarray(im if im.size == (size, size) else ImageOps.fit(im, (size, size), Image.BICUBIC))
+        whole = im.size == (size, size) and crop == 1
+        return np.asarray(im if whole else ImageOps.fit(im, (size, size), Image.BICUBIC, (1 - crop) / 2))
     except Exception as e:                                  # Pillow raises a dozen kinds on broken files
         raise ValueError(f"{file}: not a readable image ({' '.join(str(e).split()) or type(e).__name__})") from None
 
@@ -311,8 +313,8 @@ def forget(rows):
 class Images:
     """uint8 faces (n, S, S, 3) indexed by an array of row numbers: rows of a pack, or files decoded as asked."""
 
-    def __init__(self, files, size, rows=None):
-        self.files, self.size, self.rows, self.touched = files, size, rows, 0
+    def __init__(self, files, size, rows=None, crop=1.0):
+        self.files, self.size, self.rows, self.crop, self.touched = files, size, rows, crop, 0
 
     def __len__(self):
         return len(self.files)
@@ -320,7 +322,7 @@ class Images:
     def __getitem__(self, index):
         if self.rows is None:
             with ThreadPoolExecutor() as pool:
-                return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size), index)))
+                return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size, self.crop), index)))
         self.touched += len(index)
         if self.touched * self.size ** 2 * 3 > 2 ** 28:
             forget(self.rows)
@@ -357,16 +359,17 @@ def reserve(path, shape):
     return rows
 
 
-def pack(files, size, cache, what="images"):
-    """(Images, good (k,)): the files at size x size and the row numbers of the readable ones. Unreadable files are
+def pack(files, size, cache, what="images", crop=1.0):
+    """(Images, good (k,)): the files as decode() has them and the row numbers of the readable ones. Unreadable files are
     listed beside the pack; more than one in a hundred are a ValueError. The pack's name holds a digest of every
     file's path, length and time, so changed files get a new one; it appears by renaming, whole or not at all.
     Where the disk has no room the files are only checked now and decoded anew for each batch."""
     digest = hashlib.sha256(f"1 {size}".encode())
+    kind = f"{what}-{size}" + f"x{crop:g}".replace(".", "") * (crop != 1)
     for f in files:
         s = os.stat(f)
         digest.update(os.fsencode(f"{f}\0{s.st_size} {s.st_mtime_ns}\n"))
-    stem = cache / f"{what}-{size}-{digest.hexdigest()[:16]}"
+    stem = cache / f"{kind}-{digest.hexdigest()[:16]}"
     target, listing = stem.with_suffix(".npy"), stem.with_suffix(".unreadable.txt")
     with lock(cache, wait=True):                            # of two runs one decodes, the other finds it done
         room = len(files) * size * size * 3 < 0.9 * shutil.disk_usage(cache).free
@@ -377,7 +380,7 @@ def pack(files, size, cache, what="images"):
 
                 def one(i):
                     try:
-                        a = decode(files[i], size)
+                        a = decode(files[i], size, crop)
                     except ValueError as e:
                         return f"{i}\t{e}\n"
                     if rows is not None:
@@ -393,7 +396,7 @@ def pack(files, size, cache, what="images"):
                 if rows is not None:
                     rows.flush()
                     os.replace(temporary, target)
-                    for old in cache.glob(f"{what}-{size}-*"):
+                    for old in cache.glob(f"{kind}-*"):
                         if not old.name.startswith(stem.name):  # who still has it mapped keeps it until the end
                             old.unlink(missing_ok=True)
             finally:
@@ -406,7 +409,7 @@ def pack(files, size, cache, what="images"):
     if bad:
         print(f"{len(bad)} of {len(files)} {what} are unreadable and left out: {listing}", file=sys.stderr)
     good = np.setdiff1d(np.arange(len(files)), [int(i) for i, _ in bad])
-    return Images(files, size, rows), good
+    return Images(files, size, rows, crop), good
 
 
 # ---- Batches: gathered one ahead, augmented on the device -----------------------------------------------------

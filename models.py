@@ -51,7 +51,9 @@ class Residual(nn.Module):
         self.act = act or nn.Identity()
 
     def forward(self, x):
-        return self.act(self.body(x) + self.shortcut(x))
+        y = self.body(x)
+        y += self.shortcut(x)
+        return self.act(y)
 
 
 class SqueezeExcite(nn.Module):
@@ -280,7 +282,8 @@ def resnet(variant, dim, size, se=False):
     """
     block, width, depths = RESNET[variant]
     rows = zip((width, 2 * width, 4 * width, 8 * width), depths, (1, 2, 2, 2))
-    layers = conv_bn(3, 64, 7, 2) + [nn.MaxPool2d(3, 2, 1)] + stages(partial(block, se=se), 64, rows)
+    stem = conv_bn(3, 64, 7, 2, act=None) + [nn.MaxPool2d(3, 2, 1), nn.ReLU(True)]      # pooled first: fewer to clip
+    layers = stem + stages(partial(block, se=se), 64, rows)
     return FaceNet(initialise(layers, he), flat_neck(8 * width, dim, -(-size // 32)))
 
 

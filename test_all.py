@@ -380,6 +380,9 @@ def test_data_pack(tmp):
     cache.mkdir()
     images, good = data.pack(files, 32, cache)
     assert isinstance(images.rows, np.memmap) and len(good) == 101
+    inner, _ = data.pack(files, 16, cache, crop=0.5)                            # beside the other, not in its place
+    assert (inner[[2]][0] == np.asarray(Image.open(files[2]).convert("RGB"))[8:24, 8:24]).all()
+    assert len(list(cache.glob("*.npy"))) == 2
     assert (images[np.array([5, 3])] == np.stack([data.decode(files[i], 32) for i in (5, 3)])).all()
     with mock.patch.object(data, "decode", side_effect=AssertionError):         # found again, not decoded again
         data.pack(files, 32, cache)
@@ -475,7 +478,7 @@ def test_data_synthetic_faces_are_a_real_task(tmp):
 # ---- train.py and verify.py ----------------------------------------------------------------------------------
 
 def test_train_writes_what_it_promises(tmp):
-    out, _ = tiny(tmp)
+    out, _ = tiny(tmp, "--crop", 0.8)
     folder = tmp / "runs/arcface_swiftface"
     rows = list(csv.DictReader((folder / "log.csv").open()))
     assert [r["epoch"] for r in rows] == ["1", "2"] and list(rows[0]) == list(train.COLUMNS) and "first loss" in out
@@ -486,6 +489,7 @@ def test_train_writes_what_it_promises(tmp):
     assert best == min(float(r["eer"]) for r in rows)
     out, _ = run(verify, cwd=tmp)                                               # --ckpt best.pt is the default
     assert f"EER {100 * best:.2f} %" in out
+    assert {f.name.split("-")[0] for f in (faces() / ".packs").glob("*-32x08-*.npy")} > {"train", "val_pairs"}
     head, *lines = (tmp / "submission.csv").read_text().splitlines()
     wanted = len((faces() / "test_pairs.txt").read_text().splitlines())
     assert head == "ID,Label" and [line.split(",")[0] for line in lines] == [str(i) for i in range(wanted)]
@@ -1807,7 +1811,7 @@ def slow_models_race():
     for arch in os.environ.get("ARCHS", " ".join(models.ARCHS)).split():
         size = 48 if arch == "swiftface" else 64
         images, rows = data.pack(files, size, cache, "train")
-        pairs = verify.pack_pairs(faces.val_pairs, size, cache, "val_pairs")
+        pairs = verify.pack_pairs(faces.val_pairs, {"size": size}, cache, "val_pairs")
         torch.manual_seed(0)
         net = models.make(arch, 512, size).to(memory_format=torch.channels_last)
         head = losses.make("cosface:s=20,m=0.15", 512, len(faces.names))

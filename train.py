@@ -62,6 +62,8 @@ def arguments():
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", help="data set, or a folder above it [data; if absent, synthetic faces]")
     g.add_argument("--size", type=number(int, 32, 256), help="side of the input in pixels, 32..256 [the set's own]")
+    g.add_argument("--crop", type=number(float, 0.1, 1), default=1.0, help="share of the image's side that is seen,"
+                   " around its centre [1]")
     g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1, help="share of the people held out for"
                    " validation where the set has no val_pairs; 0 trains on all and saves the last epoch as best [0.1]")
     g = parser.add_argument_group("model and loss")
@@ -330,13 +332,13 @@ def main():
     files, labels = faces.train
     args.size = args.size or data.native_size(files)
     cache, classes = data.cache_folder(faces.root), len(faces.names)
-    images, rows = data.pack(files, args.size, cache, "train")
+    images, rows = verify.pack(files, vars(args), cache, "train")
     sets = {"train": (images, labels, rows)}
     if faces.dev and faces.dev[1] is not None:
-        packed, good = data.pack(faces.dev[0], args.size, cache, "dev")
+        packed, good = verify.pack(faces.dev[0], vars(args), cache, "dev")
         sets["dev"] = packed, faces.dev[1], good
     if faces.val_pairs:
-        sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, args.size, cache, "val_pairs")
+        sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, vars(args), cache, "val_pairs")
     for _ in range(2 - turn):
         agreed()
     y_all = torch.from_numpy(labels).to(device)

@@ -218,9 +218,14 @@ def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
     return out
 
 
-def pack_pairs(pairs, size, cache, what):
+def pack(files, args, cache, what):
+    """data.pack() as a checkpoint's args say."""
+    return data.pack(files, args["size"], cache, what, args.get("crop", 1.0))
+
+
+def pack_pairs(pairs, args, cache, what):
     """(Images, Pairs) of a list of pairs, every image of which must be readable."""
-    images, good = data.pack(pairs.files, size, cache, what)
+    images, good = pack(pairs.files, args, cache, what)
     if len(good) < len(images):
         bad = pairs.files[np.setdiff1d(np.arange(len(images)), good)[0]]
         raise ValueError(f"{pairs.path or what}: {bad} is not a readable image, and no pair can be left out; mend it")
@@ -263,7 +268,7 @@ def known_pairs(net, criterion, ckpt, args):
         pairs = data.read_pairs(args.threshold_from, args.images)
         if pairs.labels is None:
             raise ValueError(f"{args.threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
-        images, _ = pack_pairs(pairs, ckpt["args"]["size"], data.cache_folder(args.images), "threshold_pairs")
+        images, _ = pack_pairs(pairs, ckpt["args"], data.cache_folder(args.images), "threshold_pairs")
         return pairs.labels, scored(net, criterion, images, pairs, args.metric, args.mirror)[0]
     if not ckpt.get("val") or args.mirror != "mean":
         return None
@@ -288,7 +293,8 @@ def threshold_of(known, far):
 
 def two_images(net, criterion, ckpt, args):
     """The score of two image files and what the validation pairs say about it: (result, text, {})."""
-    images = np.stack([data.decode(f, ckpt["args"]["size"]) for f in args.files])
+    a = ckpt["args"]
+    images = np.stack([data.decode(f, a["size"], a.get("crop", 1.0)) for f in args.files])
     pairs = data.Pairs(args.files, np.array([0]), np.array([1]), None)
     s = float(scored(net, criterion, images, pairs, args.metric, args.mirror)[0][0])
     known = known_pairs(net, criterion, ckpt, args)
@@ -323,7 +329,7 @@ def embedded(net, ckpt, args, folder, project):
     files, names = data.read_split(folder)
     if not files:
         raise ValueError(f"{folder}: no such folder, or no images in it and its sub-folders; name another")
-    images, good = data.pack(files, ckpt["args"]["size"], data.cache_folder(folder), "faces")
+    images, good = pack(files, ckpt["args"], data.cache_folder(folder), "faces")
     z = embed(net, images, project, args.mirror, rows=good).numpy()
     return z, [files[i] for i in good], names and [str(names[i]) for i in good]
 
@@ -511,13 +517,13 @@ def judge(net, criterion, ckpt, args):
     if not sets:
         raise ValueError(f"{faces['root']}: neither val_pairs nor test_pairs; give --pairs and --images")
     cache = data.cache_folder(faces["root"])
-    sets = {k: pack_pairs(pairs, a["size"], cache, k) for k, pairs in sets.items()}
+    sets = {k: pack_pairs(pairs, a, cache, k) for k, pairs in sets.items()}
     if faces.get("names") == ckpt["names"]:
         drawing = bool(args.plots) and a["dim"] == 2
         for k in ("train",) * (criterion.weight is None or drawing) + ("dev", "test"):
             files, labels = faces[k] or (None, None)
             if labels is not None:
-                images, good = data.pack(files, a["size"], cache, k)
+                images, good = pack(files, a, cache, k)
                 sets[k] = images, labels, good
     lines, embeddings, drawn, result = [faces.get("note")], [], {"train": sets.get("train")}, {}
     if "val_pairs" in sets:
