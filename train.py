@@ -2,7 +2,7 @@
 
     python train.py --loss arcface --arch resnet34              # on data/, or on synthetic faces if there is none
     python train.py --data HW2p2_S25 --loss "ce+0.003*center" --epochs 30
-    python train.py --data HW2p2_S25 --init best.pt --loss arcface --lr 1e-4     # fine-tune under another loss
+    python train.py --data HW2p2_S25 --init best.pt --loss arcface      # go on under another loss
     python train.py --resume --out runs/arcface_resnet34        # go on after an interruption
     python train.py --loss help; python train.py --arch help    # what there is
     torchrun --nproc_per_node 8 train.py --loss arcface --shard         # eight processes do what one does
