@@ -490,6 +490,9 @@ def test_train_writes_what_it_promises(tmp):
     out, _ = run(verify, cwd=tmp)                                               # --ckpt best.pt is the default
     assert f"EER {100 * best:.2f} %" in out
     assert {f.name.split("-")[0] for f in (faces() / ".packs").glob("*-32x08-*.npy")} > {"train", "val_pairs"}
+    pairs, kept = data.load(faces()).val_pairs, verify.load(tmp / "best.pt")["val"]["scores"]
+    out, _ = run(verify, pairs.files[pairs.left[0]], pairs.files[pairs.right[0]], cwd=tmp)      # the pair's own score
+    close(float(out.split()[1].strip(":;")), float(kept[0]), 1e-4)
     head, *lines = (tmp / "submission.csv").read_text().splitlines()
     wanted = len((faces() / "test_pairs.txt").read_text().splitlines())
     assert head == "ID,Label" and [line.split(",")[0] for line in lines] == [str(i) for i in range(wanted)]
