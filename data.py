@@ -360,7 +360,7 @@ def reserve(path, shape):
 
 
 def pack(files, size, cache, what="images", crop=1.0):
-    """(Images, good (k,)): the files as decode() has them and the row numbers of the readable ones. Unreadable files are
+    """(Images, good (k,)): the files as decode() has them and the rows of the readable ones. Unreadable files are
     listed beside the pack; more than one in a hundred are a ValueError. The pack's name holds a digest of every
     file's path, length and time, so changed files get a new one; it appears by renaming, whole or not at all.
     Where the disk has no room the files are only checked now and decoded anew for each batch."""
