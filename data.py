@@ -447,11 +447,30 @@ AUGMENT = dict(
     saturation=(0.08, 0.2, "saturation likewise"), erase=(0.0, 0.3, "probability of erasing a rectangle"))
 
 
-def augment(x, strength, part=None):
+def pixels(out, x, x_of_column, x_of_row, y_of_column, y_of_row, matrix, offset, kept):
+    """Into out (B, 3, S, S) what augment() does to each pixel of x: look up, colour, erase. A dozen passes over
+    memory; one where torch.compile makes it one (train.py --compile)."""
+    b, side = x.shape[:2]
+    index, row = ((c + r).clamp_(0, (side << 16) - 1).bitwise_right_shift_(16)
+                  for c, r in ((x_of_column, x_of_row), (y_of_column, y_of_row)))
+    first = torch.arange(0, b * side * side, side * side, dtype=torch.int32, device=x.device)[:, None, None]
+    index.add_(row, alpha=side).add_(first)                                     # (B, S, S)
+    planes = torch.stack([p.index_select(0, index.view(-1)) for p in x.reshape(-1, 3).T])
+    planes = planes.view(3, b, -1).transpose(0, 1).float()                      # (B, 3, S * S)
+    if torch.compiler.is_compiling():                       # a library's matrix product would be a pass of its own
+        out.copy_((matrix[..., None] * planes[:, None]).sum(2).view_as(out))
+    else:
+        torch.bmm(matrix, planes, out=out.view(b, 3, -1))
+    out.add_(offset[:, None, None, None]).clamp_(-1, 1)
+    out.mul_(torch.maximum(kept[:, 0, :, None], kept[:, 1, None])[:, None])
+
+
+def augment(x, strength, part=None, look=pixels):
     """uint8 (B, S, S, 3) -> float (B, 3, S, S) in -1..1, each image by its own dice (torch's generator).
     part = (first, total): x are the rows from first on of a batch of total, with the dice that they have there.
     One look-up of the nearest pixel does mirror, rotation, zoom and shift; one 3x3 matrix the colours. Never upside
-    down. Coordinates are integers, in 1/65536 pixel: half the time of grid_sample or less, and the same EER."""
+    down. Coordinates are integers, in 1/65536 pixel: half the time of grid_sample or less, and the same EER.
+    look: pixels, or torch.compile(pixels)."""
     (b, side, *_), s, (first, total) = x.shape, SimpleNamespace(**strength), part or (0, len(x))
     u = torch.rand(total, 13, device=x.device)[first:first + b] * 2 - 1         # all the dice, in -1..1
     angle, scale = u[:, 0] * math.radians(s.rotate), torch.exp(u[:, 1] * math.log1p(s.zoom))
@@ -464,7 +483,7 @@ def augment(x, strength, part=None):
         across, down = ((step[:, None] * at * 65536).int() for step in (across, down))
         return across[:, None], (down + middle)[:, :, None]
 
-    columns, rows = lines(cos * flip, -sin, u[:, 3]), lines(sin * flip, cos, u[:, 4])
+    where = *lines(cos * flip, -sin, u[:, 3]), *lines(sin * flip, cos, u[:, 4])
     # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y.
     # The mean is that of every fourth pixel of every fourth row.
     grey = u.new_tensor([0.299, 0.587, 0.114])
@@ -476,18 +495,10 @@ def augment(x, strength, part=None):
     chosen = (u[:, 12] < 2 * s.erase - 1)[:, None, None]
     kept = 1 - ((at * 2 / side - centre).abs() < half * chosen).float()         # (B, 2, S)
 
-    out, block = u.new_empty(b, 3, side, side), 32 if x.device.type == "cpu" else b     # what a CPU's cache holds
-    for q in (slice(i, i + block) for i in range(0, b, block)):
-        where = [(c[q] + r[q]).clamp_(0, (side << 16) - 1).bitwise_right_shift_(16) for c, r in (columns, rows)]
-        n, index = len(where[0]), where[1].mul_(side).add_(where[0])            # (n, S, S), which pixel to look up
-        index += torch.arange(0, n * side * side, side * side, dtype=torch.int32, device=x.device)[:, None, None]
-        pixels = x[q].reshape(-1, 3).T
-        planes = torch.stack([p.index_select(0, index.view(-1)) for p in pixels]).view(3, n, -1)
-        torch.bmm(matrix[q], planes.transpose(0, 1).float(), out=out[q].view(n, 3, -1))
-        out[q].add_(offset[q, None, None, None]).clamp_(-1, 1)
-        if s.erase:
-            rows_kept, columns_kept = kept[q, 0, :, None], kept[q, 1, None]
-            out[q].mul_(torch.maximum(rows_kept, columns_kept)[:, None])
+    out = u.new_empty(b, 3, side, side)
+    block = 32 if x.device.type == "cpu" and look is pixels else b              # what a CPU's cache holds
+    for rows in zip(*(t.split(block) for t in (out, x, *where, matrix, offset, kept))):
+        look(*rows)
     return out
 
 

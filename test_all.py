@@ -420,6 +420,9 @@ def test_data_augment():
     a, b = data.augment(x, every), data.augment(x, every)
     torch.manual_seed(3)
     assert torch.equal(a, data.augment(x, every)) and not torch.equal(a, b) and a.abs().max() <= 1
+    torch.manual_seed(3)
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):      # the product that the compiler fuses
+        close(data.augment(x, every, look=lambda *rows: data.pixels(*rows)), a, 1e-6)
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).view(1, 32, 1, 1).expand(200, 32, 32, 3)  # bright below
     up, down = data.augment(ramp, every | {"erase": 0}).mean((1, 3))[:, [4, 27]].T
     assert (down > up).all()                                                    # never upside down
@@ -1832,8 +1835,8 @@ def slow_models_race():
 
 def slow_bench(tmp):
     """What a user waits for, ours beside the peer's, on this machine, in turn, medians of three rounds: the data path
-    against ImageFolder, torchvision's transforms and two workers; training and embedding against torchvision's
-    ResNet-18 with the same neck in a plain loop, at 112 pixels."""
+    against ImageFolder, torchvision's transforms and two workers (--compile needs a C++ compiler); training and
+    embedding against torchvision's ResNet-18 with the same neck in a plain loop, at 112 pixels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, more = (128, 10) if device.type == "cuda" else (64, 1)
     data.synthesise(tmp / "set", people=100, images=22, size=112)
@@ -1882,9 +1885,11 @@ def slow_bench(tmp):
     adamw = [torch.optim.AdamW([*n.parameters(), *h.parameters()], fused=fused)
              for n, h, fused in ((net, head, True), (peer, linear, False))]
     part = functools.partial
+    look = torch.compile(data.pixels, dynamic=False)
     contests = [(f"{what}, {side} pixels", part(ours, side, change), part(folder, side, steps))
                 for side in packs for what, change, steps in (
-                    ("gathered", lambda x: x, plain), ("augmented", lambda x: data.augment(x, strength), every))]
+                    ("gathered", lambda x: x, plain), ("augmented", lambda x: data.augment(x, strength), every),
+                    ("the same, --compile", lambda x: data.augment(x, strength, look=look), every))]
     contests += [
         ("training", lambda: repeated(5, training_step, net, adamw[0], lambda z: head(z, y), fast, bf16),
          lambda: repeated(5, training_step, peer, adamw[1], lambda z: F.cross_entropy(linear(z.float()), y), x, bf16)),
@@ -1892,7 +1897,7 @@ def slow_bench(tmp):
          lambda: repeated(20, torch.no_grad()(frozen.forward), x))]
     for what, a, b in contests:
         pairs = np.array([(rate(a()), rate(b())) for _ in range(3)])
-        print(f"    {what:<21} {np.median(pairs[:, 0]):8.0f} images/s, peer {np.median(pairs[:, 1]):6.0f},"
+        print(f"    {what:<30} {np.median(pairs[:, 0]):8.0f} images/s, peer {np.median(pairs[:, 1]):6.0f},"
               f" {np.median(pairs[:, 0] / pairs[:, 1]):6.2f} x", flush=True)
     labels, scores = np.random.default_rng(0).random(10_000_000) < 0.5, np.random.default_rng(1).random(10_000_000)
     print(f"    EER of ten million scores: {seconds(lambda: eer.eer(labels, scores)):.2f} s")

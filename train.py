@@ -24,6 +24,7 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -107,7 +108,8 @@ def arguments():
                    help="[%(default)s]")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the backbone;"
                    " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone and the augmentation; needs"
+                   " a C++ compiler")
     args = parser.parse_args()
     if args.resume or RESTARTS != "0" and args.out and Path(args.out, "last.pt").exists():
         # The run's own arguments, unless the user insists.
@@ -127,6 +129,8 @@ def arguments():
         if getattr(args, name) is None:
             setattr(args, name, strengths[args.epochs >= LONG])
     args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        parser.error("--compile needs a C++ compiler; install g++, or leave it out")
     losses.make(args.loss, args.dim, 2)                     # typing errors come before minutes of work
     if args.arch not in models.ARCHS:
         models.make(args.arch)
@@ -427,6 +431,7 @@ def main():
     if world > 1 and any(p.requires_grad for p in net.parameters()):
         run = torch.nn.parallel.DistributedDataParallel(net)
         run.broadcast_buffers = False                       # they are alike, by synchronised batch norm
+    look = torch.compile(data.pixels, dynamic=False) if args.compile else data.pixels
     run = torch.compile(run) if args.compile else run
     n_net, n_loss = (sum(p.numel() for p in m.parameters()) for m in (net, criterion))
     print(f"{faces.root}: {len(rows)} images of {classes} people at {args.size}x{args.size}"
@@ -478,7 +483,7 @@ def main():
         began, first = time.monotonic(), step
         for index, x in data.batches(images, todo, device, part):   # (B,) of all, images of ours
             dice(args.seed, step, 0)                        # augmentation: the whole batch's, of which we take ours
-            x = data.augment(x, strength, (part.start, batch))
+            x = data.augment(x, strength, (part.start, batch), look)
             dice(args.seed, step, 1 + rank)                 # dropout
             for g in opt.param_groups:
                 g["lr"] = args.lr * rate(step, total_steps, args.warmup)
