@@ -448,8 +448,9 @@ AUGMENT = dict(
 
 
 def pixels(out, x, x_of_column, x_of_row, y_of_column, y_of_row, matrix, offset, kept):
-    """Into out (B, 3, S, S) what augment() does to each pixel of x: look up, colour, erase. A dozen passes over
-    memory; one where torch.compile makes it one (train.py --compile)."""
+    """Into out (B, 3, S, S) what augment() does to each pixel of x (B, S, S, 3): look up, colour, erase. Columns are
+    (B, 1, S), rows (B, S, 1), int32, the matrix (B, 3, 3), the offset (B,), kept (B, 2, S). A dozen passes over memory,
+    one if compiled (train.py --compile)."""
     b, side = x.shape[:2]
     index, row = ((c + r).clamp_(0, (side << 16) - 1).bitwise_right_shift_(16)
                   for c, r in ((x_of_column, x_of_row), (y_of_column, y_of_row)))

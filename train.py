@@ -129,8 +129,6 @@ def arguments():
         if getattr(args, name) is None:
             setattr(args, name, strengths[args.epochs >= LONG])
     args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        parser.error("--compile needs a C++ compiler; install g++, or leave it out")
     losses.make(args.loss, args.dim, 2)                     # typing errors come before minutes of work
     if args.arch not in models.ARCHS:
         models.make(args.arch)
@@ -312,6 +310,8 @@ def main():
     if world > 1 and torch.cuda.is_available():
         torch.cuda.set_device(local)                        # before anything is put on the first one
     args, ckpt, held = arguments()
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise ValueError("--compile needs a C++ compiler; install g++, or leave it out")
     device = torch.device(args.device)
     if world > 1:
         device = torch.device("cuda", local) if device.type == "cuda" else device
