@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
 
 
 # ------------------------------------------------------------------------------------- blocks and necks
@@ -486,26 +487,12 @@ def make(arch, dim=512, size=112):
 
 def macs(model, size=112):
     """Multiply-adds of one image in convolutions and linear layers; only shapes are computed."""
-    total, counted, skipped = 0, [], []
-
-    def count(layer, inputs, output):
-        nonlocal total
-        total += output.numel() * layer.weight[0].numel()           # weight[0]: what one output reads
-
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            counted.append(module.register_forward_hook(count))
-        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.PReLU, nn.ReLU, nn.ReLU6)):
-            module.forward = lambda x: x                            # keeps the shape, and is slow on meta
-            skipped.append(module)
+    training = model.training
     shapes = {name: value.to("meta") for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        torch.func.functional_call(model, shapes, torch.empty(1, 3, size, size, device="meta"))
-    for handle in counted:
-        handle.remove()
-    for module in skipped:
-        del module.forward
-    return total
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model.eval(), shapes, torch.empty(1, 3, size, size, device="meta"))
+    model.train(training)
+    return counter.get_total_flops() // 2
 
 
 def table(dim=512, size=112):
