@@ -130,18 +130,18 @@ def read_lfw(path, folder):
     """(rows, folds) of LFW's pair lists, as in read_pairs(): a first line 'n', or 'folds<tab>n', then for each fold n
     lines 'name i j', two images of one person, and n lines 'name i name j'. Image i is folder/name/name_000i.*"""
     (_, head), *rest = lines(path)
-    folds, n = map(int, ["1", *head.split()][-2:])
+    folds, n = map(int, ["1", *head.split()][-2:])          # one fold where the line is 'n' alone
     if len(rest) != 2 * folds * n:
         raise ValueError(f"{path}: {len(rest)} pairs, but the first line announces {folds} x 2 x {n}; fetch it again")
     rows = []
     for i, line in rest:
         f = line.split("\t" if "\t" in line else None)
-        if len(f) not in (3, 4) or not (f[1] + f[-1]).isdecimal():
+        if len(f) not in (3, 4) or not (f[1].isdecimal() and f[-1].isdecimal()):
             raise ValueError(f"{path}:{i}: '{line}'; LFW's lines are 'name i j' or 'name i name j'")
         stems = [f"{name}/{name}_{int(k):04d}" for name, k in ((f[0], f[1]), (f[-2] if len(f) == 4 else f[0], f[-1]))]
         names = [next((s + end for end in (".jpg", *SUFFIXES) if os.path.isfile(os.path.join(folder, s + end))),
                       s + ".*") for s in stems]
-        rows.append((i, [*names, "01"[len(f) == 3]]))
+        rows.append((i, [*names, "1" if len(f) == 3 else "0"]))
     return rows, np.arange(len(rows)) // (2 * n) if folds > 1 else None
 
 
@@ -262,7 +262,7 @@ def rgb(file):
         if im.mode.startswith(("I", "F")):                  # 16-bit PNG and TIFF: convert() would clip at 255
             a = np.asarray(im, np.float32)
             im = Image.fromarray((a / (257 if a.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
-        if im.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in im.info:
+        if im.has_transparency_data:
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         return im.convert("RGB")
@@ -272,9 +272,7 @@ def decode(file, size, crop=1.0):
     """uint8 (size, size, 3): of an image's central square the inner part, crop of its side. ValueError naming the file
     if it cannot be read."""
     try:
-        im = rgb(file)
-        whole = im.size == (size, size) and crop == 1
-        return np.asarray(im if whole else ImageOps.fit(im, (size, size), Image.BICUBIC, (1 - crop) / 2))
+        return np.asarray(ImageOps.fit(rgb(file), (size, size), Image.BICUBIC, (1 - crop) / 2))
     except Exception as e:                                  # Pillow raises a dozen kinds on broken files
         raise ValueError(f"{file}: not a readable image ({' '.join(str(e).split()) or type(e).__name__})") from None
 
@@ -332,7 +330,7 @@ class Images:
 
 def cache_folder(root):
     """Where packs are kept: root/.packs, or the user's cache where the data is read-only (as Kaggle's is)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     mark = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:12]
     for folder in (Path(root) / ".packs", home / "face-packs" / mark):
         with contextlib.suppress(OSError):
@@ -359,16 +357,17 @@ def reserve(path, shape):
     return rows
 
 
-def pack(files, size, cache, what="images", crop=1.0):
+def pack(files, size, cache, what="images", crop=1.0, spare=0.01):
     """(Images, good (k,)): the files as decode() has them and the rows of the readable ones. Unreadable files are
-    listed beside the pack; more than one in a hundred are a ValueError. The pack's name holds a digest of every
-    file's path, length and time, so changed files get a new one; it appears by renaming, whole or not at all.
+    listed beside the pack; more than a share of spare are a ValueError. The pack's name holds a digest of every file's
+    path, length and time, so changed files get a new one, and the last of its kind goes; it appears by renaming, whole
+    or not at all.
     Where the disk has no room the files are only checked now and decoded anew for each batch."""
     digest = hashlib.sha256(f"1 {size}".encode())
     kind = f"{what}-{size}" + f"x{crop:g}".replace(".", "") * (crop != 1)
     for f in files:
         s = os.stat(f)
-        digest.update(os.fsencode(f"{f}\0{s.st_size} {s.st_mtime_ns}\n"))
+        digest.update(os.fsencode(f"{os.path.abspath(f)}\0{s.st_size} {s.st_mtime_ns}\n"))
     stem = cache / f"{kind}-{digest.hexdigest()[:16]}"
     target, listing = stem.with_suffix(".npy"), stem.with_suffix(".unreadable.txt")
     with lock(cache, wait=True):                            # of two runs one decodes, the other finds it done
@@ -403,9 +402,9 @@ def pack(files, size, cache, what="images", crop=1.0):
                 temporary.unlink(missing_ok=True)
         bad = [line.split("\t", 1) for _, line in lines(listing)]
         rows = np.load(target, mmap_mode="r") if target.exists() else None
-    if len(bad) > 0.01 * len(files):
-        raise ValueError(f"{bad[0][1]}; {len(bad)} of {len(files)} {what} are unreadable, which is more than one in"
-                         f" a hundred: see {listing}, then mend or remove them")
+    if len(bad) > spare * len(files):
+        raise ValueError(f"{bad[0][1]}; {len(bad)} of {len(files)} {what} are unreadable, at most {spare:.0%} may be:"
+                         f" see {listing}, then mend them, or remove them from the set")
     if bad:
         print(f"{len(bad)} of {len(files)} {what} are unreadable and left out: {listing}", file=sys.stderr)
     good = np.setdiff1d(np.arange(len(files)), [int(i) for i, _ in bad])
@@ -487,8 +486,9 @@ def augment(x, strength, part=None, look=pixels):
     where = *lines(cos * flip, -sin, u[:, 3]), *lines(sin * flip, cos, u[:, 4])
     # y = brightness x; y = contrast y + (1 - contrast) mean grey; y = saturation y + (1 - saturation) grey of y.
     # The mean is that of every fourth pixel of every fourth row.
-    grey = u.new_tensor([0.299, 0.587, 0.114])
-    bright, contrast, colour = (1 + u[:, 5:8] * u.new_tensor([s.brightness, s.contrast, s.saturation])).T
+    grey = torch.cat([u.new_full((1,), share) for share in (0.299, 0.587, 0.114)])      # no copy to wait for
+    bright, contrast, colour = (1 + dice * most for dice, most in zip(
+        u[:, 5:8].T, (s.brightness, s.contrast, s.saturation)))
     matrix = (bright * contrast)[:, None, None] * (colour[:, None, None] * torch.eye(3, device=x.device)
                                                    + (1 - colour)[:, None, None] * grey) / 127.5
     offset = (1 - contrast) * bright * (x[:, ::4, ::4].float().mean((1, 2)) @ grey) / 127.5 - 1
@@ -611,8 +611,8 @@ def face(p, rng, size: int = 64) -> np.ndarray:
 
 
 def synthesise(root, people: int = 200, images: int = 11, size: int = 64, seed: int = 0) -> None:
-    """Write the homework's layout to root, not there yet: `people` with `images` each in train and one in dev
-    and test; others behind val_pairs.txt, yet others behind test_pairs.txt (whose labels are answers.txt)."""
+    """Write the homework's layout to root, not there yet: `people`, 8 or more, with `images` each in train and one in
+    dev and test; others behind val_pairs.txt, yet others behind test_pairs.txt (whose labels are answers.txt)."""
     root = Path(root).resolve()
     draft, rng = root.with_name(f"{root.name}.{os.getpid()}.part"), np.random.default_rng(seed)
 
@@ -830,7 +830,8 @@ def write(path, content):
     except OSError as e:                                    # whose own text does not name the file
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                  # gone, or in no folder
+            temporary.unlink()
 
 
 def lock(folder, wait=False):
@@ -867,6 +868,11 @@ def cli(main):
             text = f"{e.filename}: " * bool(e.filename) + f"{e.strerror}; {REMEDIES.get(e.errno, 'name another')}"
         print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as e:
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
+            raise
+        print("error: out of memory; use a smaller --batch-size or --size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -896,7 +902,8 @@ def main():
         images, good = pack(files, size, cache, name)
         packs.append((name, images, good))
         sides = Counter(filter(None, map(measure, files[:1000])))
-        text = f"{name}: {len(files)} images, {len(files) - len(good)} unreadable; " + ", ".join(
+        text = f"{name}: {len(files)} images, {len(files) - len(good)} unreadable; " + (
+            "of the first 1,000 " * (len(files) > 1000)) + ", ".join(
             f"{count} of {width}x{height}" for (width, height), count in sides.most_common(3))
         if pairs:
             text += f"; {len(split.left)} pairs" + (f", {labels.sum()} genuine" if labels is not None else "")

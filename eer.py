@@ -27,10 +27,10 @@ def split(labels, scores):
     if labels.shape != scores.shape:
         raise ValueError(f"{len(labels)} labels but {len(scores)} scores; give one score a pair")
     same = labels == 1
-    for i in np.flatnonzero(~same & (labels != 0)):
-        raise ValueError(f"pair {i} has label {labels[i]}; use 1 (same person) or 0 (different)")
-    for i in np.flatnonzero(~np.isfinite(scores)):
-        raise ValueError(f"pair {i} has score {scores[i]}; look for NaN in the embeddings")
+    if len(bad := np.flatnonzero(~same & (labels != 0))):
+        raise ValueError(f"pair {bad[0]} has label {labels[bad[0]]}; use 1 (same person) or 0 (different)")
+    if len(bad := np.flatnonzero(~np.isfinite(scores))):
+        raise ValueError(f"pair {bad[0]} has score {scores[bad[0]]}; look for NaN in the embeddings")
     if same.all() or not same.any():
         raise ValueError(f"{same.sum()} genuine and {(~same).sum()} impostor pairs; an EER needs both kinds")
     return np.sort(scores[same]), np.sort(scores[~same])
@@ -38,8 +38,7 @@ def split(labels, scores):
 
 def rates(genuine, impostor, threshold):
     """(FAR, TAR) of accepting score >= threshold, from sorted scores; threshold a scalar or an array."""
-    return (1 - np.searchsorted(impostor, threshold, "left") / len(impostor),
-            1 - np.searchsorted(genuine, threshold, "left") / len(genuine))
+    return tuple((len(s) - np.searchsorted(s, threshold)) / len(s) for s in (impostor, genuine))
 
 
 def crossing(genuine, impostor):
@@ -66,7 +65,11 @@ def eer(labels, scores):
 
 def roc(labels, scores):
     """(FAR, TAR, threshold), each (k + 1,) for k distinct scores, from (0, 0) at infinity to (1, 1)."""
-    genuine, impostor = split(labels, scores)
+    return curve(*split(labels, scores))
+
+
+def curve(genuine, impostor):
+    """roc() from sorted scores."""
     thresholds = np.append(np.unique(np.concatenate((genuine, impostor))), np.inf)[::-1]
     return (*rates(genuine, impostor, thresholds), thresholds)
 
@@ -76,7 +79,7 @@ def at_far(labels, scores, far):
     than 1/far."""
     impostor = split(labels, scores)[1]
     rank = int(far * len(impostor) * (1 + 1e-12))                   # so many may be accepted
-    return float(np.nextafter(impostor[len(impostor) - 1 - rank], np.inf))
+    return float(np.nextafter(np.append(-np.inf, impostor)[len(impostor) - rank], np.inf))
 
 
 def best_threshold(labels, scores):
@@ -120,13 +123,12 @@ def report(labels, scores):
     rate, threshold = crossing(genuine, impostor)
     far, tar = (float(v) for v in rates(genuine, impostor, threshold))
     low, high = interval(rate, p, n)
-    curve_far, curve_tar, _ = roc(labels, scores)
-    corners = np.append(curve_far[1:] != curve_far[:-1], True)      # the upper end of each vertical stretch
+    curve_far, curve_tar, _ = curve(genuine, impostor)
     out = dict(eer=rate, eer_low=low, eer_high=high, threshold=threshold, far=far, frr=1 - tar,
                auc=float(np.trapezoid(curve_tar, curve_far)),
                acc=float(((curve_tar * p + (1 - curve_far) * n) / (p + n)).max()), genuine=p, impostor=n)
     for f in FARS:
-        tar = np.interp(float(f), curve_far[corners], curve_tar[corners])
+        tar = np.interp(float(f), curve_far, curve_tar)             # where the ROC is vertical, its upper end
         out[f"tar@far={f}"] = float(tar) if float(f) * n >= 1 else np.nan
     return out
 
@@ -153,18 +155,24 @@ def table(rows):
 
 def read(path):
     """(labels, scores) from a CSV file with columns label,score; a header may name them, in any order."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
-        rows = [(i, [c.strip() for c in row]) for i, row in enumerate(csv.reader(f), 1) if any(row)]
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+            rows = [(i, [c.strip() for c in row]) for i, row in enumerate(csv.reader(f), 1) if any(row)]
+    except csv.Error as e:
+        raise ValueError(f"{path}: {e}; write lines of label,score") from None
     head = [c.lower() for c in rows[0][1]] if rows else []
     named, values = {"label", "score"} <= set(head), []
     for line, row in rows[named:]:
         try:
             cells = dict(zip(head if named else ("label", "score"), row, strict=not named))
-            values.append([float(cells["label"]), float(cells["score"])])
+            label, score = float(cells["label"]), float(cells["score"])
+            if label not in (0, 1) or not np.isfinite(score):
+                raise ValueError
+            values.append([label, score])
         except (ValueError, KeyError):
             raise ValueError(f"{path}:{line}: found {','.join(row)[:60]!r}; write label,score, as in 1,0.83") from None
-    if not values:
-        raise ValueError(f"{path}: no scores in it; write lines of label,score")
+    if len({label for label, _ in values}) < 2:
+        raise ValueError(f"{path}: no scores of both kinds in it; write lines of label,score, of 1 and of 0")
     return np.array(values).T
 
 
@@ -178,6 +186,6 @@ if __name__ == "__main__":
         print(table([("scores", "EER", "AUC", "accuracy", "TAR at FAR 1e-2")] + [
             (path, *(percent(r[k]) for k in ("eer", "auc", "acc", "tar@far=1e-2"))) for path, r in found.items()])
             if len(found) > 1 else show(*found.values()))
-    except (OSError, ValueError, csv.Error) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (OSError, ValueError) as e:
+        print("error:", f"{e.filename}: {e.strerror}; name another" if isinstance(e, OSError) else e, file=sys.stderr)
         sys.exit(2)

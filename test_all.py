@@ -37,12 +37,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+if "slow_bench" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # equal bits and forked processes are a CPU's
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,6 +148,9 @@ def test_eer_report():
     b = np.searchsorted(far, 0.1, "right")
     close(r["tar@far=1e-1"], tar[b - 1] + (tar[b] - tar[b - 1]) * (0.1 - far[b - 1]) / (far[b] - far[b - 1]))
     assert math.isnan(r["tar@far=1e-3"]) and " - " in eer.show(r)              # 150 impostors cannot tell
+    s = y + rng.normal(size=300)                            # no two alike: the ROC is all steps
+    far, tar, _ = eer.roc(y, s)
+    close(eer.report(y, s)["tar@far=1e-1"], tar[far <= 0.1].max())
     covered = 0
     for _ in range(400):                                    # two normals 3 apart: true EER 6.68 %
         g, i = np.sort(rng.normal(3, 1, 200)), np.sort(rng.normal(0, 1, 200))
@@ -180,7 +187,8 @@ def test_eer_reads_and_compares_files_and_refuses(tmp):
         (tmp / "c.csv").write_bytes(content)
         assert np.array_equal(eer.read(tmp / "c.csv"), [[1, 0], [0.5, -1]])
     for content, where in ((b"1,0.5\n0,zero\n", "c.csv:2"), (b"1,0.5\n\x80\x02,\"\n", "c.csv:2"),
-                           (b"\n", "c.csv: no scores")):
+                           (b"2,0.5\n", "c.csv:1"), (b"1,nan\n", "c.csv:1"), (b"\n", "c.csv: no scores"),
+                           (b"1,0.5\n", "c.csv: no scores"), (b'1,"' + b"0" * 200_000, "c.csv: field")):
         (tmp / "c.csv").write_bytes(content)
         raises(where, eer.read, tmp / "c.csv")
     for fragment, *bad in (("label 2", [0, 2], [0.0, 1.0]), ("both kinds", [1, 1], [0.0, 1.0]),
@@ -412,8 +420,7 @@ def test_data_augment():
     from torchvision.transforms import functional as T
     x = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     none, plain = dict.fromkeys(data.AUGMENT, 0), data.normalise(x)
-    every = dict(mirror=.5, rotate=10, shift=.05, zoom=.1, brightness=.2, contrast=.2, saturation=.2, erase=.2)
-    assert every.keys() == none.keys()
+    every = {name: long for name, (_, long, _) in data.AUGMENT.items()}
     close(data.augment(x, none), plain, 1e-6)
     close(data.augment(x, none | {"mirror": 1}), plain.flip(3), 1e-4)
     torch.manual_seed(3)
@@ -515,7 +522,7 @@ def same(a, b, path=""):
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
-        for k in a.keys() - {"seconds", "img_per_s", "out", "steps", "resume"}:
+        for k in a.keys() - {"seconds", "spent", "img_per_s", "out", "steps", "resume"}:
             same(a[k], b[k], f"{path}/{k}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), path
@@ -556,8 +563,19 @@ def test_train_resumed_equals_uninterrupted(tmp):
     assert "--lr" in err and "--seed" in err and "--loss" not in err
 
 
+class NoCopies(TorchDispatchMode):
+    """Sees that no operation copies from one device to another."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert function is not torch.ops.aten._to_copy.default or out.device == args[0].device
+        return out
+
+
 def test_train_does_not_wait_for_the_device(tmp):
-    """No .item(), float(), int() or bool() of a tensor per step: on a GPU each would wait for it."""
+    """No .item(), float(), int() or bool() of a tensor per step, no numbers copied there: on a GPU each would wait."""
+    with FakeTensorMode(), NoCopies():                      # a GPU of which only the shapes are there
+        x = torch.empty(8, 32, 32, 3, dtype=torch.uint8, device="cuda")
+        assert data.augment(x, {name: long for name, (_, long, _) in data.AUGMENT.items()}).device.type == "cuda"
     counts = []
     for steps in (1, 2):
         calls = []
@@ -569,6 +587,57 @@ def test_train_does_not_wait_for_the_device(tmp):
             tiny(tmp, "--out", f"n{steps}", "--steps", steps, "--ema", ".9", "--loss", "adaface")
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0, counts
+
+
+def test_train_steps_as_a_plain_loop_does(tmp):
+    """Schedule, decay, clipping, moving average, saving: six steps against a loop without any of train.py's helpers."""
+    with mock.patch.object(data, "write", wraps=data.write) as write:
+        tiny(tmp, "--loss", "cosface", "--opt", "sgd", "--clip", 0.5, "--ema", 0.9, "--save-every", 0, "--out", "run")
+    assert [c.args[0].name for c in write.call_args_list].count("last.pt") == 1 + 6 + 2     # start, steps, epochs
+    ckpt, (files, labels) = verify.load(tmp / "run/last.pt"), data.load(faces()).train
+    images, strength = np.stack([data.decode(f, 32) for f in files]), {k: v[0] for k, v in data.AUGMENT.items()}
+    torch.manual_seed(0)
+    net = models.make("swiftface", 16, 32).to(memory_format=torch.channels_last)
+    head = losses.make("cosface", 16, 10, images=len(files))
+    params, average = [*net.parameters(), *head.parameters()], copy.deepcopy(net)
+    speed = [torch.zeros_like(p) for p in params]
+    todo = np.concatenate([train.order(labels, np.arange(len(files)), 16, 0, epoch) for epoch in (0, 1)])
+    for step, index in enumerate(todo):
+        train.dice(0, step, 0)
+        x = data.augment(torch.from_numpy(images[index]), strength)
+        grads = torch.autograd.grad(head(net(x), torch.from_numpy(labels[index])), params)
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert norm > 0.5
+        lr = 0.02 * (1 if step == 0 else 0.5 + 0.5 * math.cos(math.pi * (step - 1) / 5))
+        with torch.no_grad():
+            for p, g, v in zip(params, grads, speed):
+                g = g * 0.5 / norm + (5e-4 * p if p.ndim > 1 else 0)
+                v.mul_(0.9).add_(g)
+                p -= lr * (g + 0.9 * v)
+            for a, w in zip(average.parameters(), net.parameters()):
+                a.lerp_(w, 9 / (10 + step))
+    for kind, module in (("model", net), ("ema", average), ("loss", head)):
+        for name, value in module.named_parameters():
+            close(ckpt[kind][name], value, 1e-4, (kind, name))
+    tiny(tmp, "--steps", 1, "--out", "adam")
+    assert verify.load(tmp / "adam/last.pt")["args"]["weight_decay"] == 1       # few images
+
+
+def test_train_half_precision(tmp):
+    """The backbone alone is in half precision; scaling the loss changes neither clipping nor step."""
+    real, moved = losses.Loss.forward, {}
+    torch.manual_seed(0)
+    start = models.make("swiftface", 16, 32).state_dict()
+    for amp, dtype in ("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16):
+        seen, scaler = [], functools.partial(torch.amp.GradScaler, init_scale=64.0)
+        with mock.patch.object(torch.amp, "GradScaler", scaler), mock.patch.object(
+                losses.Loss, "forward", lambda m, x, y: seen.append(x.dtype) or real(m, x, y)):
+            tiny(tmp, "--amp", amp, "--clip", 0.01, "--opt", "sgd", "--lr", 1, "--steps", 1, "--out", amp)
+        assert seen == [dtype]
+        after = verify.load(tmp / amp / "last.pt")["model"]
+        moved[amp] = torch.cat([(after[k] - v).flatten() for k, v in start.items() if "weight" in k])
+        assert F.cosine_similarity(moved[amp], moved["off"], 0) > 0.9, amp
+        assert abs(moved[amp].norm() / moved["off"].norm() - 1) < 0.1, amp
 
 
 def test_train_names_a_loss_that_is_not_finite(tmp):
@@ -594,11 +663,18 @@ def test_train_loses_nothing_it_saved(tmp):
         for script, *argv in ((train, *more), (verify, "--ckpt", "a/best.pt", "--out", "a/log.csv")):
             assert ": No space left on device; make room" in run(script, *argv, cwd=tmp, code=2)[1]
     with data.lock(tmp / "a"):
-        for argv in (more, more[1:]):
-            assert "another run is at work" in tiny(tmp, *argv, code=2)[1]
+        for argv, answer in ((more, "another run is at work"), (more[1:], "holds a run already")):
+            assert answer in tiny(tmp, *argv, code=2)[1]
     assert whole == {f.name: f.read_bytes() for f in (tmp / "a").iterdir()}
     (tmp / "a/last.pt.1.tmp").touch()
     run(train, *more, cwd=tmp)
+    with contextlib.chdir(tmp), mock.patch.object(os, "symlink", full):         # a file system without links
+        os.unlink("best.pt"), Path("best.pt").write_text("the user's own")
+        assert not train.link(tmp / "a/best.pt") and Path("best.pt").read_text() == "the user's own"
+        os.unlink("best.pt")
+        assert train.link(tmp / "a/log.csv") and train.link(tmp / "a/best.pt")
+        assert Path("best.pt").read_bytes() == (tmp / "a/best.pt").read_bytes()
+    train.link.__defaults__[0].clear()
     assert not list(tmp.glob("a/*.tmp")) and len((tmp / "a/log.csv").read_text().splitlines()) == 3
 
 
@@ -662,6 +738,15 @@ def test_train_refuses(tmp):
         _, err = tiny(tmp, *flags, code=2)
         assert fragment in err, (flags, err)
     assert not (tmp / "runs").exists() and not (tmp / "best.pt").exists()
+    (tmp / "taken").mkdir(), (tmp / "taken/last.pt").touch()
+    shutil.copytree(faces(), tmp / "new", ignore=shutil.ignore_patterns(".packs"))
+    with mock.patch.object(shutil, "which", lambda name: None):
+        for fragment, *flags in (("C++ compiler", "--compile"), ("holds a run", "--out", "taken"),
+                                 ("--init", "--freeze")):
+            assert fragment in run(train, "--data", "new", *flags, cwd=tmp, code=2)[1]
+    assert not (tmp / "new/.packs").exists()                # before minutes of decoding
+    with mock.patch.object(data, "load", lambda *a: torch.empty(1 << 50)):
+        assert "out of memory" in run(train, "--data", "new", cwd=tmp, code=2)[1]
 
 
 def test_verify_refuses_strange_checkpoints(tmp):
@@ -913,6 +998,12 @@ def test_verify_compares(tmp):
     close(both["eer"], eer.eer(d.val_pairs.labels, np.mean(each, 0))[0])
     close(both["threshold_from"]["threshold"], eer.best_threshold(d.val_pairs.labels, each[0]), 1e-6)
     assert len((tmp / "both.csv").read_text().splitlines()) == len(d.test_pairs.left) + 1
+    assert "same test pairs" in run(verify, "--ckpt", *every, "--pairs", faces() / "val_pairs.txt", "--images",
+                                    faces() / "ver_data", "--out", "none.csv", cwd=tmp, code=2)[1]
+    p, stored = d.val_pairs, verify.load(every[0])["val"]["mark"]
+    assert stored == verify.mark(p._replace(files=[f"/moved/{f}" for f in p.files])) != verify.mark(d.test_pairs)
+    one, other = ((p.labels, s, m) for s, m in zip(each, (stored, verify.mark(d.test_pairs))))
+    assert verify.together([one, other]) is None and verify.together([one, (p.labels, each[1], None)])
     tiny(tmp, "--loss", "ce", "--dim", 2, "--out", "flat", epochs=1)
     (tmp / "empty").mkdir()
     out, err = run(verify, "--compare", "flat", trained(), "empty", "--json", cwd=tmp)
@@ -1913,8 +2004,13 @@ def slow_bench(tmp):
 
 def test_readme_tables_are_complete_and_only_four_packages_imported():
     text = (HERE / "README.md").read_text()
-    missing = [n for n in (*losses.LOSSES, *models.ARCHS) if f"| `{n}` |" not in text]
-    assert not missing, f"README.md's tables lack {missing}"
+    rows = [f"| `{n}` |" for n in models.ARCHS] + [f"\n| `{a}` | `{e}` |\n" for a, e in losses.ALIASES.items()]
+    for name, formula in losses.FORMULAS.items():
+        arguments = ", ".join(f"{k}={'auto' if v is None else v}" for k, v in losses.defaults_of(formula).items()
+                              if k != "sample") or "-"
+        about = formula.__doc__.splitlines()[0].replace("|", r"\|")
+        rows.append(f"\n| `{name}` | {arguments} | {about} |\n")
+    assert not (wrong := [row for row in rows if row not in text]), f"README.md's tables lack {wrong}"
     allowed = {"torch", "torchvision", "numpy", "PIL", "data", "eer", "losses", "models", "train", "verify"}
     for file in HERE.glob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text())))

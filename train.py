@@ -18,7 +18,6 @@ whole batch, as one process would. Process 0 alone prints and writes.
 """
 import argparse
 import copy
-import csv
 import functools
 import io
 import math
@@ -118,7 +117,7 @@ def arguments():
         ckpt = verify.load(Path(args.out) / "last.pt")
         parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device", "steps")})
         out, args = args.out, parser.parse_args()
-        args.out = out
+        args.out, args.amp = out, ckpt["args"]["amp"] if args.amp == "auto" else args.amp
         other = [k for k, v in ckpt["args"].items() if k not in FREE and getattr(args, k) != v]
         if other:
             raise ValueError(f"cannot resume {out} with another " + ", ".join(
@@ -129,9 +128,15 @@ def arguments():
         if getattr(args, name) is None:
             setattr(args, name, strengths[args.epochs >= LONG])
     args.amp = precision(torch.device(args.device)) if args.amp == "auto" else args.amp
-    losses.make(args.loss, args.dim, 2)                     # typing errors come before minutes of work
+    losses.make(args.loss, args.dim, 2)                     # mistakes come before minutes of work
     if args.arch not in models.ARCHS:
         models.make(args.arch)
+    if args.freeze and not args.init:
+        raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
+    if args.init:
+        verify.load(args.init)
+    if args.out and Path(args.out, "last.pt").exists():
+        raise ValueError(f"{args.out} holds a run already; --resume it, or give another --out")
     return args, None, None
 
 
@@ -182,10 +187,10 @@ def save(path, ckpt):
     data.write(path, buffer.getbuffer())
 
 
-def link(best):
+def link(best, copied=[]):
     """Let best.pt in the working folder point to the run's best; a file of the user's own is left alone."""
     here = Path("best.pt")
-    if here.exists() and not here.is_symlink():
+    if here.exists() and not here.is_symlink() and not copied:
         return here.resolve() == best.resolve()
     temporary = Path(f"best.pt.{os.getpid()}.tmp")
     try:
@@ -193,6 +198,7 @@ def link(best):
         os.replace(temporary, here)
     except OSError:                                         # a file system without links
         data.write(here, best.read_bytes())
+        copied.append(here)                                 # so the next best may replace it
     return True
 
 
@@ -244,6 +250,12 @@ def agreed(*flags):
     return flags
 
 
+def wait(turns):
+    """Let so many other groups of processes go first; each calls this as often for us."""
+    for _ in range(turns):
+        agreed()
+
+
 def synchronised(norm, x):
     """A batch norm's forward with the statistics of all processes; torch.nn.SyncBatchNorm is for GPUs only."""
     if not norm.training:
@@ -284,6 +296,22 @@ def whole(t, k, classes):
     return torch.cat(parts, 1).flatten(0, 1)
 
 
+def ours(t, k, classes):
+    """Of the whole rows (k C, ...), those of this process's classes."""
+    first, end = losses.edges(classes, dist.get_world_size())[dist.get_rank():][:2]
+    return t.unflatten(0, (k, -1))[:, first:end].flatten(0, 1)
+
+
+def regroup(f, classes, criterion, opt, loss, state):
+    """f, which is whole or ours, of each tensor of the loss's and the optimizer's state that --shard divides: they are
+    saved whole, and any number of processes goes on with them."""
+    per_class = {name: getattr(p, "per_class", 0) for name, p in criterion.named_parameters()}
+    in_opt = [getattr(p, "per_class", 0) for g in opt.param_groups for p in g["params"]]
+    return {n: f(v, k, classes) if (k := per_class.get(n)) else v for n, v in loss.items()}, state | {"state": {
+        i: {n: f(v, k, classes) if (k := in_opt[i]) and torch.is_tensor(v) and v.ndim else v for n, v in s.items()}
+        for i, s in state["state"].items()}}
+
+
 def clip(params, most):
     """Scale the gradients to a norm of at most most. Divided parameters count with what all processes have."""
     ours, divided = ([p.grad for p in params if p.grad is not None and hasattr(p, "per_class") == d] for d in (0, 1))
@@ -307,12 +335,15 @@ def main():
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if rank:
         sys.stdout = open(os.devnull, "w")
-    if world > 1 and torch.cuda.is_available():
+    gpus = torch.cuda.device_count()
+    if world > 1 and local < gpus:
         torch.cuda.set_device(local)                        # before anything is put on the first one
     args, ckpt, held = arguments()
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise ValueError("--compile needs a C++ compiler; install g++, or leave it out")
+        raise ValueError("--compile needs a C++ compiler; install g++, or start a run without it")
     device = torch.device(args.device)
+    if device.type == "cuda" and local >= gpus:
+        raise ValueError(f"--nproc_per_node: this machine has {gpus} GPUs; start no more processes, or --device cpu")
     if world > 1:
         device = torch.device("cuda", local) if device.type == "cuda" else device
         # A dead peer closes its connections at once, so the time limit may be long: somebody decodes the images.
@@ -327,8 +358,7 @@ def main():
     torch.backends.cudnn.benchmark = True
 
     # Faces: found, decoded once, memory-mapped.
-    for _ in range(turn):
-        agreed()
+    wait(turn)
     if args.data == "data" and not Path("data").exists():
         print("no data/ folder and no --data: rendering synthetic faces into data/ and training on those")
         data.synthesise("data")
@@ -343,8 +373,7 @@ def main():
         sets["dev"] = packed, faces.dev[1], good
     if faces.val_pairs:
         sets["val_pairs"] = verify.pack_pairs(faces.val_pairs, vars(args), cache, "val_pairs")
-    for _ in range(2 - turn):
-        agreed()
+    wait(2 - turn)
     y_all = torch.from_numpy(labels).to(device)
 
     # Network, loss, optimizer.
@@ -360,8 +389,6 @@ def main():
         for module in net.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.forward = functools.partial(synchronised, module)
-    if args.freeze and not args.init:
-        raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
     if args.init and not ckpt:
         start_from(net, args.init, args.arch, args.freeze)
     for k, p in net.named_parameters() if ckpt else ():
@@ -374,8 +401,8 @@ def main():
     args.batch_size = args.batch_size or (64 if few else 128)
     if args.weight_decay is None:
         args.weight_decay = 5e-4 if args.opt == "sgd" else 1.0 if few else 0.05
-    groups = [{"params": [p for p in learned if (p.squeeze().ndim > 1) == decays], "weight_decay": decay}
-              for decays, decay in ((True, args.weight_decay), (False, 0.0))]
+    matrices, others = ([p for p in learned if (p.squeeze().ndim > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     opt = (torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True) if args.opt == "sgd" else
            torch.optim.AdamW(groups, args.lr, fused=True))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -390,20 +417,6 @@ def main():
     last_step = min(total_steps, args.steps or total_steps)
     strength = {name: getattr(args, name) for name in data.AUGMENT}
 
-    # What --shard divides is saved as a whole: any number of processes goes on with it.
-    per_class = {name: getattr(p, "per_class", 0) for name, p in criterion.named_parameters()}
-    in_opt = [getattr(p, "per_class", 0) for g in opt.param_groups for p in g["params"]]
-
-    def regroup(f, loss, state):
-        """f(tensor, k) in place of each divided tensor of the loss's and the optimizer's state."""
-        return {n: f(v, per_class[n]) if per_class.get(n) else v for n, v in loss.items()}, state | {"state": {
-            i: {n: f(v, in_opt[i]) if in_opt[i] and torch.is_tensor(v) and v.ndim else v for n, v in s.items()}
-            for i, s in state["state"].items()}}
-
-    def ours(t, k):
-        first, end = losses.edges(classes, world)[rank:][:2]
-        return t.unflatten(0, (k, -1))[:, first:end].flatten(0, 1)
-
     # Where to begin: a folder of our own, or the last save of an earlier run.
     step, best, log, sums = 0, math.inf, [], torch.zeros(3, device=device)      # loss, steps, first bad step
     if ckpt:
@@ -412,7 +425,7 @@ def main():
             raise ValueError(f"{args.data} has changed since {out}/last.pt: {ckpt['images']} images of"
                              f" {len(ckpt['names'])} people then, {len(rows)} of {classes} now; start a new run")
         try:
-            loss_state, opt_state = regroup(ours, ckpt["loss"], ckpt["opt"])
+            loss_state, opt_state = regroup(ours, classes, criterion, opt, ckpt["loss"], ckpt["opt"])
             for module, state in ((net, ckpt["model"]), (criterion, loss_state), (opt, opt_state),
                                   (scaler, ckpt["scaler"]), (average, ckpt["ema"])):
                 if module is not None:
@@ -433,7 +446,9 @@ def main():
         run.broadcast_buffers = False                       # they are alike, by synchronised batch norm
     look = torch.compile(data.pixels, dynamic=False) if args.compile else data.pixels
     run = torch.compile(run) if args.compile else run
-    n_net, n_loss = (sum(p.numel() for p in m.parameters()) for m in (net, criterion))
+    n_net = sum(p.numel() for p in net.parameters())
+    n_loss = sum(p[0].numel() * p.per_class * classes if hasattr(p, "per_class") else p.numel()
+                 for p in criterion.parameters())           # of all processes
     print(f"{faces.root}: {len(rows)} images of {classes} people at {args.size}x{args.size}"
           + (f"; {faces.note}" if faces.note else ""))
     print(f"{args.arch}, {n_net / 1e6:.2f} M parameters, and {criterion.spec}, {n_loss / 1e6:.2f} M; {device}, amp"
@@ -446,8 +461,7 @@ def main():
 
     def checkpoint(**extra):
         """Everything that verify.py needs; with the optimizer's state and the log, everything that resuming needs."""
-        loss, state = regroup(functools.partial(whole, classes=classes), criterion.state_dict(),
-                              extra.get("opt", {"state": {}}))
+        loss, state = regroup(whole, classes, criterion, opt, criterion.state_dict(), extra.get("opt", {"state": {}}))
         return {"face_checkpoint": verify.VERSION, "args": vars(args), "names": faces.names, "images": len(rows),
                 "spec": criterion.spec,
                 "frozen": [k for k, p in net.named_parameters() if not p.requires_grad],
@@ -455,7 +469,8 @@ def main():
                 "loss": loss, "step": step, "best": best, **extra} | ({"opt": state} if "opt" in extra else {})
 
     def save_last():
-        save(out / "last.pt", checkpoint(opt=opt.state_dict(), scaler=scaler.state_dict(), log=log, sums=sums))
+        save(out / "last.pt", checkpoint(opt=opt.state_dict(), scaler=scaler.state_dict(), log=log, sums=sums,
+                                         spent=time.monotonic() - began))
         agreed()                                            # nobody leaves before process 0 has written it
 
     def check(sums):
@@ -466,6 +481,7 @@ def main():
                              f" --warmup, or try --amp off; {out}/last.pt is from before")
 
     saved = time.monotonic()
+    began = saved - (ckpt or {}).get("spent", 0.0)          # of this epoch, with what an interrupted run gave it
     if not ckpt:
         save_last()                                         # from here on --resume finds something
     for epoch in range(len(log), args.epochs):
@@ -480,7 +496,7 @@ def main():
         for module in net.modules():                        # frozen layers keep their batch statistics too
             if args.freeze and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
-        began, first = time.monotonic(), step
+        since, first = time.monotonic(), step
         for index, x in data.batches(images, todo, device, part):   # (B,) of all, images of ours
             dice(args.seed, step, 0)                        # augmentation: the whole batch's, of which we take ours
             x = data.augment(x, strength, (part.start, batch), look)
@@ -511,7 +527,7 @@ def main():
                 expected = criterion.expected()
                 print(f"first loss {float(loss.detach()):.2f}" + (
                     f", of random embeddings and weights {expected:.2f} is expected" if expected else ""))
-            data.progress(f"epoch {epoch + 1}", (step - first) * len(index), todo.size, began)
+            data.progress(f"epoch {epoch + 1}", (step - first) * len(index), todo.size, since)
             end, due = agreed(len(stop), time.monotonic() - saved > args.save_every)
             if end or due:
                 check(sums)
@@ -530,7 +546,7 @@ def main():
         found = verify.evaluate(average or net, criterion, sets, classes)
         row = dict(epoch=epoch + 1, step=step, loss=float(sums[0] / sums[1]), lr=opt.param_groups[0]["lr"],
                    acc=found.get("acc1", math.nan), eer=found.get("eer", math.nan), auc=found.get("auc", math.nan),
-                   pair_acc=found.get("acc", math.nan), img_per_s=(step - first) * todo.shape[1] / seconds,
+                   pair_acc=found.get("acc", math.nan), img_per_s=(step - epoch * per_epoch) * batch / seconds,
                    seconds=seconds + (log[-1]["seconds"] if log else 0))
         if not log:
             print("  ".join(f"{c:>9}" for c in COLUMNS))
@@ -538,23 +554,20 @@ def main():
         better = not row["eer"] >= best                     # without validation pairs the last epoch counts as best
         if better and not (partial and log):
             best = best if partial else row["eer"]
-            val = {"labels": torch.from_numpy(sets["val_pairs"][1].labels),
-                   "scores": torch.from_numpy(found["scores"])} if "scores" in found else None
+            pairs = faces.val_pairs
+            val = {"labels": torch.from_numpy(pairs.labels), "scores": torch.from_numpy(found["scores"]),
+                   "mark": verify.mark(pairs)} if "scores" in found else None
             save(out / "best.pt", checkpoint(val=val))
             if rank == 0 and not link(out / "best.pt"):
                 print(f"best.pt here is not a link of ours and stays as it is; the new one is {out}/best.pt")
         if rank == 0:
-            rows_out = io.StringIO()
-            table = csv.DictWriter(rows_out, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows([*log, row])
-            data.write(out / "log.csv", rows_out.getvalue().encode())
+            verify.write_csv(out / "log.csv", COLUMNS, [[r[c] for c in COLUMNS] for r in (*log, row)])
             data.plot(out / "curves.png", curves([*log, row]))
         if not partial:
             log.append(row)
             sums.zero_()
+            began = saved = time.monotonic()
             save_last()
-            saved = time.monotonic()
     judged = faces.val_pairs or faces.test_pairs
     print(f"done: python verify.py --ckpt {out}/best.pt" + ("" if judged else " --pairs FILE --images DIR"))
     if world > 1:

@@ -15,6 +15,7 @@ scores depend neither on the batch size nor on the order of the pairs.
 """
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -147,11 +148,13 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
     equal scores by row number; k is N if N is less. Exact: all inner products are computed, or similarity(probe (D,),
     gallery (n, D)) -> (n,). gallery is an array or memory map in float32 or float16; `block` of its rows, as many
     columns of scores and no more are in memory, for 1024 probes at a time.
-    Only scores above a probe's k-th best so far need sorting; maxima of 64 columns tell where there may be some."""
+    Kept from block to block: best, best_at (P, k), and floor, each probe's k-th best. Only scores above it can enter; a
+    block is folded to 64 rows, so that one maximum rules out 64 columns."""
     if len(probes) > 1024:
         parts = [search(gallery, part, k, block, similarity) for part in torch.as_tensor(probes).split(1024)]
         return tuple(np.concatenate(part) for part in zip(*parts))
     k, probes = min(k, len(gallery)), torch.as_tensor(probes).float()
+    rows = np.repeat(np.arange(len(probes)), k)
     floor, block, since = None, min(-(-max(block, k) // 64) * 64, len(gallery)), time.monotonic()
     read, room = torch.from_numpy(np.empty_like(gallery[:block])), torch.empty(len(probes) * block)     # used again
     for start in range(0, len(gallery), block):
@@ -175,7 +178,7 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
         order = np.lexsort((where, -value, who))
         first = np.searchsorted(who[order], np.arange(len(probes)))
         keep = order[first[:, None] + np.arange(k)]                              # (P, k)
-        rows, best, best_at = np.repeat(np.arange(len(probes)), k), value[keep], where[keep]
+        best, best_at = value[keep], where[keep]
         floor = torch.from_numpy(best[:, -1:])
         if isinstance(gallery, np.memmap):
             data.forget(gallery)
@@ -218,18 +221,20 @@ def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
     return out
 
 
-def pack(files, args, cache, what):
+def pack(files, args, cache, what, spare=0.01):
     """data.pack() as a checkpoint's args say."""
-    return data.pack(files, args["size"], cache, what, args.get("crop", 1.0))
+    return data.pack(files, args["size"], cache, what, args.get("crop", 1.0), spare)
 
 
 def pack_pairs(pairs, args, cache, what):
     """(Images, Pairs) of a list of pairs, every image of which must be readable."""
-    images, good = pack(pairs.files, args, cache, what)
-    if len(good) < len(images):
-        bad = pairs.files[np.setdiff1d(np.arange(len(images)), good)[0]]
-        raise ValueError(f"{pairs.path or what}: {bad} is not a readable image, and no pair can be left out; mend it")
-    return images, pairs
+    return pack(pairs.files, args, cache, what, 0)[0], pairs
+
+
+def mark(pairs):
+    """A digest of which images (folder and file) are paired in which order, wherever the set lies."""
+    names = ["/".join(Path(pairs.files[i]).parts[-2:]) for side in (pairs.left, pairs.right) for i in side]
+    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16]
 
 
 def write_csv(path, header, rows):
@@ -256,8 +261,8 @@ def write_submission(path, scores, root):
 # ---- Decisions: a threshold, two images, one among many --------------------------------------------------------
 
 def known_pairs(net, criterion, ckpt, args):
-    """(labels, scores) that a threshold is chosen on: of --threshold-from, a list of pairs or another checkpoint of the
-    same loss, or of the checkpoint's validation pairs; None where neither has scores of this metric."""
+    """(labels, scores, mark) that a threshold is chosen on: of --threshold-from, a list of pairs or another checkpoint
+    of the same loss, or of the checkpoint's validation pairs; None where neither has scores of this metric."""
     if args.threshold_from and args.threshold_from.endswith(".pt"):
         other = load(args.threshold_from)
         if other["args"]["loss"] != ckpt["args"]["loss"]:   # not the spec: s and m may differ with the people
@@ -269,13 +274,14 @@ def known_pairs(net, criterion, ckpt, args):
         if pairs.labels is None:
             raise ValueError(f"{args.threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
         images, _ = pack_pairs(pairs, ckpt["args"], data.cache_folder(args.images), "threshold_pairs")
-        return pairs.labels, scored(net, criterion, images, pairs, args.metric, args.mirror)[0]
+        return pairs.labels, scored(net, criterion, images, pairs, args.metric, args.mirror)[0], mark(pairs)
     if not ckpt.get("val") or args.mirror != "mean":
         return None
-    labels, scores = (ckpt["val"][k].numpy() for k in ("labels", "scores"))
+    labels, scores, of = ckpt["val"]["labels"].numpy(), ckpt["val"]["scores"].numpy(), ckpt["val"].get("mark")
     if args.metric in (None, own := "learned" if criterion.score or criterion.projections else "cosine"):
-        return labels, scores
-    return (labels, -np.sqrt(np.maximum(2 - 2 * scores, 0))) if (args.metric, own) == ("euclidean", "cosine") else None
+        return labels, scores, of
+    euclidean = (args.metric, own) == ("euclidean", "cosine")
+    return (labels, -np.sqrt(np.maximum(2 - 2 * scores, 0)), of) if euclidean else None
 
 
 def threshold_of(known, far):
@@ -283,11 +289,12 @@ def threshold_of(known, far):
     if not known:
         return -np.inf, ("the checkpoint has no threshold: only the best.pt of a run with validation pairs has, for the"
                          " metric that it was trained with; give --threshold-from")
+    labels, scores, _ = known
     if not far:
-        rate, threshold = eer.eer(*known)
+        rate, threshold = eer.eer(labels, scores)
         return threshold, f"where the validation EER is {eer.percent(rate)}"
-    n = int((known[0] == 0).sum())
-    return eer.at_far(*known, far), f"for FAR {far:g} on validation" + (
+    n = int((labels == 0).sum())
+    return eer.at_far(labels, scores, far), f"for FAR {far:g} on validation" + (
         "" if far * n >= 1 else f"; {n} impostor pairs cannot tell so low a rate, it lies above them all")
 
 
@@ -301,7 +308,7 @@ def two_images(net, criterion, ckpt, args):
     threshold, why = threshold_of(known, args.far)
     if not known:
         return dict(score=s), f"score {s:.4f}; {why}", {}
-    genuine, impostor = eer.split(*known)
+    genuine, impostor = eer.split(*known[:2])
     same, lower, higher = s >= threshold, np.mean(genuine < s), np.mean(impostor >= s)
     return dict(score=s, same=same, threshold=threshold, genuine_lower=lower, impostor_higher=higher), (
         f"score {s:.4f}: {'same person' if same else 'different people'} (threshold {threshold:.4f}, {why})\n"
@@ -320,10 +327,13 @@ def save_embeddings(path, z, files, names=None):
 def embedded(net, ckpt, args, folder, project):
     """(embeddings (N, D), files, identities or None) of a folder in any layout, or of what save_embeddings() wrote."""
     if str(folder).endswith(".npy"):
-        z, listing = np.load(folder, mmap_mode="r"), Path(folder).with_suffix(".txt")
+        try:
+            z, listing = np.load(folder, mmap_mode="r"), Path(folder).with_suffix(".txt")
+        except (EOFError, ValueError):
+            raise ValueError(f"{folder}: not what --save-embeddings wrote; save it anew") from None
         rows = [row.partition("\t") for _, row in data.lines(listing)]
-        if len(z) != len(rows):
-            raise ValueError(f"{listing}: {len(rows)} lines, but {folder} has {len(z)} embeddings; save them anew")
+        if z.ndim != 2 or not 0 < len(z) == len(rows):
+            raise ValueError(f"{listing}: {len(rows)} lines, but {folder} has the shape {z.shape}; save them anew")
         names = [name for _, _, name in rows]
         return z, [f for f, _, _ in rows], names if any(names) else None
     files, names = data.read_split(folder)
@@ -379,7 +389,7 @@ def identify(net, criterion, ckpt, args):
         raise ValueError(f"{args.gallery}: {z.shape[1]} numbers an embedding, but the probes have {p.shape[1]}; save it"
                          " anew with this checkpoint")
     truth = truth or truth_of(args.probes, len(probes))
-    scores, found = search(z, p, 5, similarity=similarity)                       # (P, 5)
+    scores, found = search(z, np.array(p, np.float32), 5, similarity=similarity)         # (P, 5)
     threshold, why = threshold_of(known_pairs(net, criterion, ckpt, args), args.far)
     right, told = scores[:, 0] >= threshold, people[found]
     answers, out = np.where(right, told[:, 0], "n000000"), args.out or "identification.csv"
@@ -418,9 +428,9 @@ def plots(args):
 
 
 def draw_scores(folder, judged):
-    """roc.png and scores.png of judged: {name: (labels, scores)}."""
+    """roc.png and scores.png of judged: {name: (labels, scores, mark)}."""
     roc, det, panels = {}, {}, []
-    for i, (name, (labels, scores)) in enumerate(judged.items()):
+    for i, (name, (labels, scores, _)) in enumerate(judged.items()):
         (rate, threshold), (far, tar, _) = eer.eer(labels, scores), eer.roc(labels, scores)
         for series, tars, at in ((roc, tar, 1 - rate), (det, 1 - tar, rate)):
             series[f"{name}, EER {eer.percent(rate)}"] = 100 * far, 100 * tars, "line", i
@@ -473,8 +483,9 @@ def compare(folders):
         try:
             ckpt, log = load(folder / "best.pt"), list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
             modules, row = build(ckpt), next(r for r in log if int(r["step"]) == ckpt["step"])
-        except (ValueError, OSError, StopIteration) as e:
-            print(f"left out: {e or f'{folder}: log.csv lacks the step of best.pt'}", file=sys.stderr)
+        except (ValueError, OSError, StopIteration, KeyError) as e:
+            lacks = isinstance(e, (StopIteration, KeyError))
+            print("left out:", f"{folder}: log.csv lacks the step of best.pt" if lacks else e, file=sys.stderr)
             continue
         val = ckpt.get("val") and [ckpt["val"][k].numpy() for k in ("labels", "scores")]
         r = eer.report(*val) if val else {"eer": np.nan, "tar@far=1e-2": np.nan}
@@ -495,7 +506,7 @@ def compare(folders):
 def moved(known, labels, scores, far):
     """(accuracy, FAR and FRR as a dictionary, a line about them) at the threshold that known pairs choose: the best, or
     with far the lowest that keeps that rate."""
-    threshold = eer.at_far(*known, far) if far else eer.best_threshold(*known)
+    threshold = eer.at_far(*known[:2], far) if far else eer.best_threshold(*known[:2])
     far, tar = eer.rates(*eer.split(labels, scores), threshold)
     acc = np.mean((scores >= threshold) == (labels == 1))
     return dict(threshold=threshold, acc=acc, far=far, frr=1 - tar), (
@@ -503,10 +514,24 @@ def moved(known, labels, scores, far):
         f" {eer.percent(1 - tar)}")
 
 
+def together(lists):
+    """(labels, mean scores, mark) of (labels, scores, mark) each; None where they are known to be of other pairs."""
+    labels, scores, marks = zip(*lists)
+    alike = all(np.array_equal(each, labels[0]) for each in labels) and len({m for m in marks if m}) < 2
+    return (labels[0], np.mean(scores, 0), marks[0]) if alike else None
+
+
+def tell(result, text, as_json):
+    if as_json:
+        print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None)))    # NaN becomes null
+    else:
+        print(text)
+
+
 def judge(net, criterion, ckpt, args):
     """A checkpoint on pairs and, on its own data set, on dev and test: (result, text, drawn). drawn holds what is left
-    to do: val (Images, Pairs, scores), known (labels, scores), train (Images, labels, rows), test (Pairs, scores,
-    root)."""
+    to do: judged, known, test, each (labels, scores, mark); val (Images, Pairs, scores) to draw the hardest of; train
+    (Images, labels, rows); set, the (path, root) of the test pairs."""
     a, classes = ckpt["args"], len(ckpt["names"])
     if args.pairs:
         pairs, faces = data.read_pairs(args.pairs, args.images), {"root": Path(args.images)}
@@ -520,7 +545,7 @@ def judge(net, criterion, ckpt, args):
     sets = {k: pack_pairs(pairs, a, cache, k) for k, pairs in sets.items()}
     if faces.get("names") == ckpt["names"]:
         drawing = bool(args.plots) and a["dim"] == 2
-        for k in ("train",) * (criterion.weight is None or drawing) + ("dev", "test"):
+        for k in ("train", "dev", "test") if criterion.weight is None or drawing else ("dev", "test"):
             files, labels = faces[k] or (None, None)
             if labels is not None:
                 images, good = pack(files, a, cache, k)
@@ -530,7 +555,7 @@ def judge(net, criterion, ckpt, args):
         images, pairs = sets["val_pairs"]
         result = evaluate(net, criterion, {"val_pairs": sets["val_pairs"]}, classes, args.metric, args.mirror)
         scores = result.pop("scores")
-        drawn["val"] = images, pairs, scores
+        drawn |= {"val": (images, pairs, scores), "judged": (pairs.labels, scores, mark(pairs))}
         embeddings.append((result.pop("embeddings"), pairs.files))
         lines += [pairs.path and str(pairs.path), eer.show(result)]
         if pairs.folds is not None:
@@ -554,7 +579,7 @@ def judge(net, criterion, ckpt, args):
         images, pairs = sets["test_pairs"]
         scores, z = scored(net, criterion, images, pairs, args.metric, args.mirror)
         embeddings.append((z, pairs.files))
-        drawn["test"] = pairs, scores, faces["root"]
+        drawn |= {"test": (None, scores, mark(pairs)), "set": (pairs.path, faces["root"])}
     if args.save_embeddings:
         z, files = zip(*embeddings)
         save_embeddings(args.save_embeddings, torch.cat(z), sum(files, []))
@@ -614,61 +639,57 @@ def main():
     mode = two_images if args.files else identify if args.gallery else judge
     if mode is not judge and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
         raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
-    results, texts, judged, known, tests, planes = {}, [], {}, [], [], []
+    if args.plots:
+        plots(args)
     if args.compare:
-        results[""], text = compare(args.compare)
-        args.ckpt, texts = [], [text]
-    if len(from_each) == 1:
-        from_each = from_each * len(args.ckpt)
-    for path, args.threshold_from in zip(args.ckpt, from_each):
+        return tell(*compare(args.compare), args.json)
+    torch.set_float32_matmul_precision("high")              # TF32, as in training
+    done, planes = {}, []                                   # name -> (result, text, drawn), see judge()
+    for path, args.threshold_from in zip(args.ckpt, from_each * (len(args.ckpt) if len(from_each) == 1 else 1)):
         own = Path(path).resolve()
-        name = own.parent.name if own.stem in ("best", "last") and own.parent.name not in results else own.stem
-        name = path if name in results else name
+        name = own.parent.name if own.stem in ("best", "last") and own.parent.name not in done else own.stem
+        name = path if name in done else name
         if path.endswith(".csv"):
-            judged[name] = eer.read(path)
-            results[name] = eer.report(*judged[name])
-            texts.append(eer.show(results[name]))
-        else:
-            ckpt = load(path)
-            net, criterion = build(ckpt, args.device)
-            if args.mirror == "concat" and criterion.score and args.metric in (None, "learned"):
-                raise ValueError(f"--mirror concat: {criterion.spec} learned a metric of single embeddings; use mean")
-            results[name], text, drawn = mode(net, criterion, ckpt, args)
-            texts.append(text)
-            if "val" in drawn:
-                judged[name] = drawn["val"][1].labels, drawn["val"][2]
-            known += filter(None, [drawn.get("known")])
-            tests += filter(None, [drawn.get("test")])
-            if args.plots and ckpt["args"]["dim"] == 2 and drawn.get("train"):
-                planes.append(plane(net, criterion, drawn["train"]))
-        if len(args.ckpt) > 1:
-            texts[-1] = f"{name}:\n{texts[-1]}"
-    if len(judged) > 1 and len({labels.astype(float).tobytes() for labels, _ in judged.values()}) == 1:
-        labels, scores = next(iter(judged.values()))[0], np.mean([scores for _, scores in judged.values()], 0)
-        judged["together"], results["together"] = (labels, scores), eer.report(labels, scores)
+            labels, scores = eer.read(path)
+            r = eer.report(labels, scores)
+            done[name] = r, eer.show(r), {"judged": (labels, scores, None)}
+            continue
+        ckpt = load(path)
+        net, criterion = build(ckpt, args.device)
+        if args.mirror == "concat" and criterion.score and args.metric in (None, "learned"):
+            raise ValueError(f"--mirror concat: {criterion.spec} learned a metric of single embeddings; use mean")
+        done[name] = mode(net, criterion, ckpt, args)
+        if args.plots and ckpt["args"]["dim"] == 2 and (train := done[name][2].get("train")):
+            planes.append(plane(net, criterion, train))
+
+    results = {name: result for name, (result, _, _) in done.items()}
+    texts = [f"{name}:\n{text}" if len(done) > 1 else text for name, (_, text, _) in done.items()]
+    judged = {name: drawn["judged"] for name, (_, _, drawn) in done.items() if "judged" in drawn}
+    known, tests = ([drawn[k] for _, _, drawn in done.values() if k in drawn] for k in ("known", "test"))
+    drawn = done[name][2]
+    if len(judged) > 1 and (both := together(judged.values())):
+        judged["together"], results["together"] = both, eer.report(*both[:2])
         texts.append(f"together, the mean of their scores:\n{eer.show(results['together'])}")
-        if known and len({labels.tobytes() for labels, _ in known}) == 1:
-            one = known[0][0], np.mean([scores for _, scores in known], 0)
-            results["together"]["threshold_from"], line = moved(one, labels, scores, args.far)
+        if len(known) == len(done) and (of := together(known)):
+            results["together"]["threshold_from"], line = moved(of, *both[:2], args.far)
             texts.append(line)
-    if len(args.ckpt) == 1 and tests or args.out and len({len(scores) for _, scores, _ in tests}) == 1:
-        pairs, _, root = tests[0]
-        out = args.out or "submission.csv"
-        write_submission(out, np.mean([scores for _, scores, _ in tests], 0), root)
-        texts.append(f"{len(pairs.left)} pairs of {pairs.path} scored: {out}")
     if args.plots and judged:
         draw_scores(plots(args), judged)
-        if len(args.ckpt) == 1 and not path.endswith(".csv"):
+        if "val" in drawn and len(done) == 1:
             images, pairs, scores = drawn["val"]
             draw_hardest(plots(args) / "hardest.png", images, pairs, scores, results[name]["threshold"])
             write_csv(plots(args) / "scores.csv", ["label", "score"], zip(pairs.labels, map(repr, scores.tolist())))
     if planes:
         data.plot(plots(args) / "embeddings.png", planes, 300, 300)
-    if args.json:
-        whole = next(iter(results.values())) if len(results) == 1 else results
-        print(json.dumps(json.loads(json.dumps(whole), parse_constant=lambda name: None)))     # NaN becomes null
-    else:
-        print("\n".join(texts))
+    tell(next(iter(results.values())) if len(results) == 1 else results, "\n".join(filter(None, texts)), args.json)
+    if mode is judge and (args.out or tests and len(done) == 1):
+        if len(tests) < len(done) or not (mean := together(tests)):
+            raise ValueError(f"--out {args.out}: not every checkpoint has the same test pairs, so nothing is written;"
+                             " leave it out, or name one set with --data, or --pairs without labels")
+        out, (path, root) = args.out or "submission.csv", drawn["set"]
+        write_submission(out, mean[1], root)
+        if not args.json:
+            print(f"{len(mean[1])} pairs of {path} scored: {out}")
 
 
 if __name__ == "__main__":
