@@ -24,6 +24,7 @@ import itertools
 import math
 import mmap
 import os
+import re
 import shutil
 import sys
 import time
@@ -361,8 +362,7 @@ def pack(files, size, cache, what="images", crop=1.0, spare=0.01):
     """(Images, good (k,)): the files as decode() has them and the rows of the readable ones. Unreadable files are
     listed beside the pack; more than a share of spare are a ValueError. The pack's name holds a digest of every file's
     path, length and time, so changed files get a new one, and the last of its kind goes; it appears by renaming, whole
-    or not at all.
-    Where the disk has no room the files are only checked now and decoded anew for each batch."""
+    or not at all. Where the disk has no room the files are only checked now and decoded anew for each batch."""
     digest = hashlib.sha256(f"1 {size}".encode())
     kind = f"{what}-{size}" + f"x{crop:g}".replace(".", "") * (crop != 1)
     for f in files:
@@ -868,10 +868,10 @@ def cli(main):
             text = f"{e.filename}: " * bool(e.filename) + f"{e.strerror}; {REMEDIES.get(e.errno, 'name another')}"
         print("error:", " ".join(text.split()), file=sys.stderr)
         sys.exit(2)
-    except (RuntimeError, MemoryError) as e:
-        if "memory" not in str(e) and not isinstance(e, MemoryError):
+    except (RuntimeError, MemoryError) as e:                # torch's is a RuntimeError, and an illegal access too
+        if not (isinstance(e, MemoryError) or re.search("(out of|allocate|enough) memory", str(e))):
             raise
-        print("error: out of memory; use a smaller --batch-size or --size", file=sys.stderr)
+        print("error: out of memory; in training a smaller --batch-size or --size needs less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -747,6 +747,12 @@ def test_train_refuses(tmp):
     assert not (tmp / "new/.packs").exists()                # before minutes of decoding
     with mock.patch.object(data, "load", lambda *a: torch.empty(1 << 50)):
         assert "out of memory" in run(train, "--data", "new", cwd=tmp, code=2)[1]
+    illegal = mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    try:
+        data.cli(illegal)
+    except (RuntimeError, SystemExit) as e:
+        ended = e
+    assert isinstance(ended, RuntimeError)                  # not a lack of memory: the trace is wanted
 
 
 def test_verify_refuses_strange_checkpoints(tmp):
