@@ -621,6 +621,7 @@ def test_train_steps_as_a_plain_loop_does(tmp):
             close(ckpt[kind][name], value, 1e-4, (kind, name))
     tiny(tmp, "--steps", 1, "--out", "adam")
     assert verify.load(tmp / "adam/last.pt")["args"]["weight_decay"] == 1       # few images
+    assert (tmp / "adam/log.csv").read_text().splitlines()[1].startswith("1,1,")     # stopped in the first epoch
 
 
 def test_train_half_precision(tmp):

@@ -141,10 +141,10 @@ def arguments():
 
 
 def precision(device):
-    """What the hardware is quick at: bf16 on Ampere and later and on CPUs with AMX, fp16 on older GPUs."""
+    """What the hardware is quick at: bf16 on Ampere and later and CPUs with AVX512-BF16 or AMX, fp16 on older GPUs."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "off"
+    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "off"
 
 
 def folder_of(args, resume=False):
@@ -563,11 +563,12 @@ def main():
         if rank == 0:
             verify.write_csv(out / "log.csv", COLUMNS, [[r[c] for c in COLUMNS] for r in (*log, row)])
             data.plot(out / "curves.png", curves([*log, row]))
-        if not partial:
-            log.append(row)
-            sums.zero_()
-            began = saved = time.monotonic()
-            save_last()
+        if partial:
+            break
+        log.append(row)
+        sums.zero_()
+        began = saved = time.monotonic()
+        save_last()
     judged = faces.val_pairs or faces.test_pairs
     print(f"done: python verify.py --ckpt {out}/best.pt" + ("" if judged else " --pairs FILE --images DIR"))
     if world > 1:
