@@ -625,7 +625,11 @@ def test_train_steps_as_a_plain_loop_does(tmp):
 
 
 def test_train_half_precision(tmp):
-    """The backbone alone is in half precision; scaling the loss changes neither clipping nor step."""
+    """By the hardware, and in the backbone alone; scaling the loss changes neither clipping nor step."""
+    for fast, generation, cpu, gpu in (True, (8, 0), "bf16", "bf16"), (False, (7, 5), "off", "fp16"):
+        with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, create=True), \
+                mock.patch.object(torch.cuda, "get_device_capability", lambda device: generation):
+            assert [train.precision(torch.device(d)) for d in ("cpu", "cuda")] == [cpu, gpu]
     real, moved = losses.Loss.forward, {}
     torch.manual_seed(0)
     start = models.make("swiftface", 16, 32).state_dict()
