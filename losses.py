@@ -6,34 +6,26 @@
     criterion = losses.make("ce+0.05*contrastive:m=1", dim=512, classes=8631)
     loss = criterion(embeddings, labels)              # (B, D), (B,) -> scalar
 
-x is an embedding, w_j the weight vector of class j, x^ and w^ their unit vectors, t = cos theta = x^.w^_y the cosine
-with the own class y, C the number of classes, D the dimension. Sums over a batch are means unless said. sample=0.1:
-only a tenth of the classes, the batch's own among them, takes part in a step (see class_weights). s and m shown as
-auto follow the set of images (see automatic); arcface:s=64,m=0.5 is ArcFace as published.
+x is an embedding, w_j the weight vector of class j, x^ and w^ are their unit vectors. t = cos theta = x^.w^_y is the
+cosine with the true class y. C is the number of classes, D the dimension. Losses are averaged over the batch.
+sample=0.1: only a tenth of the classes, with all those of the batch, takes part in a step (draw_classes).
+s and m shown as auto follow the set of images (default_scale_and_margin); arcface:s=64,m=0.5 is ArcFace as published.
 
-A loss here is a function that hangs its state (class weights, centres, learned scalars) on `self`, a Term, and
-returns its formula (x, y) -> scalar. arcface, for one, is called once, when the loss is made, and passes through
+A loss is an nn.Module: __init__ takes its arguments, forward takes (x, y) and returns a scalar. To add one, write the
+class and a line in LOSSES. One step of ArcFace:
 
-    softmax_with      which keeps s and the margin for later,
-    class_weights     which hangs self.weight (C, D) and self.logits on self;
+    s x^                                    unit
+    logits (B, C) = s x^.w^_j               ClassWeights.compare, Cosines
+    the logit s t of the true class         Target.own_logit
+    it becomes s psi(t)                     MarginSoftmax.forward, psi, Target.add_
+    mean of log sum_j e^{l_j} - l_y         Target.cross_entropy
 
-what it returns then runs in each step:
+Everything is computed in float32 at least, whatever the backbone used: with s = 64, cosines from bf16 change the
+logits by 0.1, and in fp16 a zero vector normalises to NaN. (On GPUs train.py lets products be TF32: off by 0.004.)
 
-    logits (B, C) = s x^.w^_j           class_weights, Cosines
-    the column of each own class y      Term.own
-    its s t becomes s psi(t)            margin_softmax
-    log sum_j e^{l_j} - l_y, the mean   cross_entropy
-
-Everything is computed in float32 at least, whatever the backbone used: with s = 64, cosines from bf16 put the logits
-off by 0.1, and in fp16 a zero vector normalises to NaN. (On GPUs train.py lets products be TF32: off by 0.004.)
-
-In several processes every one calls a loss with the whole batch, (B, D) and (B,), so that pairs, centres and running
-means are those of one process. make(..., share=(r, N)) divides what has a row a class: process r holds classes
-rC/N..(r+1)C/N and logits (B, C/N); loss and gradients are those of the undivided head. Replicated values enter the
-divided computation by Enter and leave it by Total, Megatron-LM's f and g (1909.08053, section 3).
+Several processes: see "Class weights divided among processes". With one process that section is never used.
 """
 import difflib
-import functools
 import inspect
 import math
 import re
@@ -44,7 +36,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---- What they share: unit vectors, one margin, one cross-entropy, class weights -----------------------------
+# ---- ArcFace: unit vectors, one margin, cross-entropy, class weights -----------------------------------------
 
 def unit(x):
     """x / ||x|| along the last axis; zero stays zero, and has no gradient instead of an infinite one."""
@@ -53,8 +45,8 @@ def unit(x):
 
 
 class Cosines(torch.autograd.Function):
-    """x w^T / ||w||: (B, D), (C, D) -> (B, C). Equals x @ unit(w).T, for which autograd makes eight arrays of the
-    size of w, half of a head's time. Divided by ||w|| are the products, never w."""
+    """x w^T / ||w||: (B, D), (C, D) -> (B, C). Equals x @ unit(w).T, for which autograd would make eight arrays of the
+    size of w, half of a head's time. Here the products are divided by ||w||, never w itself."""
 
     @staticmethod
     def forward(ctx, x, w):
@@ -68,452 +60,570 @@ class Cosines(torch.autograd.Function):
         x, w, inverse = ctx.saved_tensors
         grad = grad * inverse
         to_w = grad.T @ x
-        along = torch.linalg.vecdot(to_w, w) * inverse ** 2             # only the part across w turns it
+        # The length of w does not matter: the part of the gradient along w goes.
+        along = torch.linalg.vecdot(to_w, w) * inverse ** 2
         return grad @ w, to_w.addcmul_(w, along[:, None], value=-1)
 
 
 def psi(t, m1=1.0, m2=0.0, m3=0.0):
-    """The margin of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the cosine t.
-    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls strictly for every angle;
-    cos(theta + m) alone rises again beyond pi - m. m2 and m3 may be tensors with gradient; t has none, see
-    margin_softmax()."""
-    a = m1 * t.clamp(-1, 1).acos() + m2
+    """The margins of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the cosine t.
+    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls for every angle;
+    cos(theta + m) alone rises again beyond pi - m. m2 and m3 may be tensors with gradient; t has none."""
+    a = m1 * t.clamp(-1, 1).acos() + m2                                 # rounding puts cosines beyond 1
     k = torch.floor(a / math.pi)
-    return (1 - 2 * (k % 2)) * a.cos() - 2 * k - m3
+    sign = 1 - 2 * (k % 2)
+    return sign * a.cos() - 2 * k - m3
 
 
-class Own(NamedTuple):
-    """The own class of each image of a batch: its column (B,) among the classes at hand, and whether it is here
-    (B, 1), which it always is unless classes are divided among processes. In one process read total(x) as x and
-    where(self.here, 0) as nothing."""
+class Target(NamedTuple):
+    """The true class of each image of a batch: its column (B,) in logits (B, n)."""
     column: torch.Tensor
-    here: torch.Tensor
-    divided: bool
 
-    def total(self, x):
-        return Total.apply(x) if self.divided else x
+    def own_logit(self, logits):
+        """(B, 1): the logit of the true class. By index: gather() would keep all logits for its gradient."""
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, self.column][:, None]
 
-    def rows(self, w):
-        """(B, D): each image's row of a table of classes."""
-        return self.total(w[self.column].where(self.here, 0))
+    def add_(self, logits, more):
+        """Add more (B, 1) to the own logits, in place: nothing is copied, and gradients pass unchanged."""
+        return logits.scatter_add_(1, self.column[:, None], more)
 
-    def of(self, logits):
-        """(B, 1): each image's own logit. By index, as gather() would keep all logits for its gradient."""
-        mine = logits[torch.arange(len(logits), device=logits.device), self.column]
-        return self.total(mine[:, None].where(self.here, 0))
+    def fill_(self, a, value):
+        """Put value in place of each image's true class. a (B, n) has no gradient."""
+        return a.scatter_(1, self.column[:, None], value)
 
-    def put(self, a, value):
-        """a (B, C), which has no gradient, with a number in place of each image's own class."""
-        return a.scatter_(1, j := self.column[:, None], a.gather(1, j).masked_fill_(self.here, value))
-
-    def add(self, logits, more):
-        """Add more (B, 1) to the own logits, in place: the gradient passes through untouched, nothing is copied."""
-        more = Enter.apply(more) if self.divided else more
-        return logits.scatter_add_(1, self.column[:, None], more.where(self.here, 0))
+    def row_sum(self, a):
+        """(B, 1): the sum over all classes."""
+        return a.sum(1, keepdim=True)
 
     def logsumexp(self, logits):
-        local = logits.logsumexp(1, True)
-        return (every(local) if self.divided else local).logsumexp(1)
+        """(B,): log sum_j e^{l_j} over all classes."""
+        return logits.logsumexp(1)
+
+    def weight_rows(self, w):
+        """(B, D): the row of each image's true class."""
+        return w[self.column]
+
+    def cross_entropy(self, logits, smooth=0.0):
+        """Mean of log sum_j e^{l_j} - l_y. Label smoothing: a part smooth of the target is shared by all classes."""
+        return F.cross_entropy(logits, self.column, label_smoothing=smooth)
 
 
-def cross_entropy(logits, own, smooth=0.0):
-    """Mean of log sum_j e^{l_j} - l_y; the own class's share is 1 - smooth, and smooth that of all equally."""
-    if not own.divided:
-        return F.cross_entropy(logits, own.column, label_smoothing=smooth)
-    target = own.of(logits)[:, 0]
-    if smooth:
-        total, n = own.total(torch.stack([logits.sum(1), torch.full_like(target, logits.shape[1])]))
-        target = (1 - smooth) * target + smooth * total / n
-    return (own.logsumexp(logits) - target).mean()
+class ClassWeights(nn.Module):
+    """Base of the losses with a weight vector w_j for each class, and by itself the cross-entropy of s cos_j.
+    weight (C, D). sample < 1: this part of the classes takes part in a training step, by draw_classes().
+    k > 1: class j has k weights, rows j, C + j, ... classes: their number; divided among processes, a Shard."""
+    scale = None                        # s: the length x^ gets; None leaves x its own
+    product = Cosines.apply             # of x and the class weights
+    class_parameters = ("weight",)      # those that have k rows for each class
+    expected = None                     # the loss at random initialisation, where a closed form is known
 
-
-def margin_softmax(logits, own, s, target):
-    """Cross-entropy of logits (B, C) = s cos after the own class's cosine t became target(t). s: number or (B, 1).
-    What is added has no gradient to t, so that the own logit keeps that of the plain cosine (characteristic gradient
-    detachment, SphereFace-R, 2109.05565; what the well-known ArcFace code does as well). The exact one, m1 sin(a) /
-    sin(theta), is infinite at the poles, where half of the public implementations give NaN; and above 1 it pulls to the
-    own class harder than it pushes from the others, so that a high learning rate collapses all faces into one
-    direction (README)."""
-    with torch.no_grad():
-        t = own.of(logits) / s
-    return cross_entropy(own.add(logits, s * (target(t) - t)), own)
-
-
-class Term(nn.Module):
-    """One loss of a sum: its formula, and the state that the formula hangs here. No deepcopy: the copy's formula would
-    still use this one's state; make a second and load_state_dict."""
-    logits = score = project = expected = None
-
-    def __init__(self, formula, dim, classes, share=(0, 1), images=math.inf, **arguments):
+    def __init__(self, dim, classes, sample=1.0, k=1):
         super().__init__()
-        self.loss, self.dim, self.classes = formula, dim, classes
-        self.first, self.end = edges(classes, share[1])[share[0]:][:2]
-        self.held, self.divided = self.end - self.first, share[1] > 1
-        self.register_parameter("weight", None)
-        auto = automatic(formula, classes, images)
-        auto = {k: auto[k] for k, default in defaults_of(formula).items() if default is None}
-        self.arguments = auto | arguments
-        self.forward = formula(self, **self.arguments)
+        self.dim, self.classes, self.sample, self.k = dim, classes, sample, k
+        self.sharded = isinstance(classes, Shard)
+        self.target = ShardedTarget if self.sharded else Target
+        self.class_start = classes.start if self.sharded else 0
+        self.weight = nn.Parameter(self.class_rows(dim))
 
-    def holds(self, classes):
-        """Which of these class numbers are held here."""
-        return (classes >= self.first) & (classes < self.end)
+    def initialise(self, rows):
+        """Random directions of length about 1."""
+        return rows.normal_().mul_(self.dim ** -0.5)
 
-    def enter(self, x):
-        return Enter.apply(x) if self.divided else x
+    def class_rows(self, columns):
+        """(k C, columns) with initial values."""
+        if self.sharded:
+            return local_class_rows(self, columns)
+        return self.initialise(torch.empty(self.k * self.classes, columns))
 
-    def own(self, y, chosen=None):
-        """Own of labels y among the classes held here; chosen: the numbers, in order, of those that take part."""
-        here = self.holds(y) if self.divided else torch.ones_like(y, dtype=torch.bool)
-        column = y - self.first if chosen is None else torch.searchsorted(chosen, y)
-        return Own(column.where(here, 0), here[:, None], self.divided)
+    def compare(self, x, y=None):
+        """(logits, target): s x^.w^_j (B, n) of the n classes that take part, and the Target of labels y; without
+        labels, of all classes and None. s multiplies x^, not the cosines, which saves an array (B, C)."""
+        w, target = self.weight, None
+        if self.scale is not None:
+            x = self.scale * unit(x)
+        if y is not None:
+            column = y - self.class_start                               # class_start is 0 in one process
+            if self.sample < 1 and self.training:
+                w, column = draw_classes(self, y)
+            target = self.target(column)
+        if self.sharded:
+            x = CopyToShards.apply(x)
+        return self.product(x, w), target
 
-    def per_class(self, fill, *shape, k=1):
-        """Parameter (k C, *shape) initialised by fill; this process keeps the rows j, C + j, ... of its own classes j.
-        Drawn in blocks of a multiple of 16 numbers, for which torch's generator gives the numbers of one great draw: a
-        class starts alike however many processes there are, and the whole is nowhere in memory."""
-        n, block = k * self.classes, 2 ** 16
-        if not self.divided:
-            return nn.Parameter(fill(torch.empty(n, *shape)))
-        parts, ends = [], [*range(0, max(1, n - block + 1), block), n]
-        for low, high in zip(ends, ends[1:]):
-            here = self.holds(torch.arange(low, high) % self.classes)
-            parts.append(fill(torch.empty(high - low, *shape))[here])
-        p = nn.Parameter(torch.cat(parts))
-        p.per_class = k                                                 # tells train.py how to put it together
-        return p
+    def to_shards(self, x):
+        """x, its gradient being the sum of what the processes find; x itself in one process."""
+        return CopyToShards.apply(x) if self.sharded else x
 
-    def class_weights(self, scaled, loss=None, sample=1.0, k=1):
-        """Hang class weights (C, D) and the margin-free logits scaled(x).w^_j on self; the scale multiplies x^, not the
-        cosines: one (B, C) array less. Returns (x, y, ...) -> loss(logits, the Own of y among their columns, ...).
-        sample < 1: in training, only that share of the classes takes part, the batch's and random others (Partial FC,
-        An et al. 2021, 2010.05222). k > 1: class j has k weights, in rows j, C + j, ...; the nearest counts."""
-        self.weight = self.per_class(lambda w: w.normal_().mul_(self.dim ** -0.5), self.dim, k=k)
+    def logits(self, x):
+        """(B, C), without margin."""
+        return self.compare(x)[0]
 
-        def closest(x, w):
-            logits = Cosines.apply(self.enter(scaled(x)), w)
-            return logits.unflatten(1, (k, -1)).max(1)[0] if k > 1 else logits
+    def forward(self, x, y):
+        logits, target = self.compare(x, y)
+        return target.cross_entropy(logits)
 
-        def step(x, y, *more):
-            w, chosen = self.weight, None
-            if sample < 1 and self.training:
-                n = min(self.classes, max(round(sample * self.classes), len(y)))
-                draw = torch.rand(self.classes, device=x.device).index_fill_(0, y, 2.0)     # the batch's come first
-                chosen = draw.topk(n)[1].sort()[0]
-                chosen = chosen[self.holds(chosen)] if self.divided else chosen
-                if not len(chosen):
-                    raise ValueError(f"none of the {n} sampled classes fell to process {dist.get_rank()}; use a larger"
-                                     " sample= or fewer processes")
-                w = w.unflatten(0, (k, -1))[:, chosen - self.first].flatten(0, 1)
-            return loss(closest(x, w), self.own(y, chosen), *more)
-        self.logits = lambda x: closest(x, self.weight)
-        return step
-
-    def linear_softmax(self, scaled, smooth=0.0):
-        """Cross-entropy of a plain linear layer, logits w_j.scaled(x) + b_j."""
-        bound = self.dim ** -0.5                                        # as nn.Linear
-        self.weight = self.per_class(lambda w: w.uniform_(-bound, bound), self.dim)
-        self.bias = self.per_class(lambda b: b.uniform_(-bound, bound))
-        self.logits = lambda x: F.linear(self.enter(scaled(x)), self.weight, self.bias)
-        return lambda x, y: cross_entropy(self.logits(x), self.own(y), smooth)
-
-    def at_start(self, s, sample=1.0, t=0.0):
-        """Expected first loss, that of random unit vectors, whose cosines are N(0, 1/D): -s t + ln C + s^2/2D, t being
-        what the own cosine 0 becomes, as long as the sum over classes is not ruled by its largest term."""
-        log_c = math.log(max(round(sample * self.classes), 1))
+    def expected_loss(self, s, t=0.0):
+        """The first loss, that of random unit vectors, whose cosines are N(0, 1/D): -s t + ln C + s^2/2D, t being what
+        the own cosine 0 becomes. None where the largest term rules the sum over classes."""
+        log_c = math.log(max(round(self.sample * self.classes), 1))
         if s * s < 1.5 * self.dim * log_c:
-            self.expected = -s * t + log_c + s * s / (2 * self.dim)
+            return -s * t + log_c + s * s / (2 * self.dim)
 
-    def softmax_with(self, s, sample=1.0, margins=None, k=1, learn=False, **fixed):
-        """A normalised head: cross-entropy over s cos, with psi(t, **fixed) for the own class's cosine t, or, where its
-        margins depend on the batch, psi(t, **margins(x)), fixed being those of the start. Without margins, t stays."""
-        self.s = nn.Parameter(torch.tensor(s)) if learn else s
 
-        def loss(logits, own, m):
-            return margin_softmax(logits, own, self.s, lambda t: psi(t, **m)) if m else cross_entropy(logits, own)
-        step = self.class_weights(lambda x: self.s * unit(x), loss, sample, k)
-        if k == 1:
-            self.at_start(s, sample, float(psi(torch.zeros(()), **fixed)) if fixed else 0.0)
-        return lambda x, y: step(x, y, margins(x) if margins else fixed)
+class MarginSoftmax(ClassWeights):
+    """Base of the losses with a margin: cross-entropy of s cos_j, where the true class has s psi(t) for s t.
+    What is added has no gradient to t, so that the own logit keeps the gradient of the plain cosine (characteristic
+    gradient detachment, SphereFace-R, 2109.05565; the well-known ArcFace code does it as well). The exact gradient,
+    m1 sin(a) / sin(theta), is infinite at theta = 0 and pi, where half of the public implementations give NaN. Above
+    1 it also pulls to the true class harder than it pushes from the others, so that a high learning rate collapses
+    all faces into one direction (README)."""
+
+    def __init__(self, dim, classes, s, sample=1.0, k=1, m1=1.0, m2=0.0, m3=0.0):
+        super().__init__(dim, classes, sample, k)
+        self.scale, self.margins = s, (m1, m2, m3)
+        own = psi(torch.zeros(()), m1, m2, m3)
+        self.expected = self.expected_loss(s, float(own))
+
+    def forward(self, x, y, margins=None):
+        """margins: (m1, m2, m3), numbers or (B, 1), where they depend on the batch."""
+        m1, m2, m3 = margins or self.margins
+        logits, target = self.compare(x, y)
+        with torch.no_grad():
+            t = target.own_logit(logits) / self.scale                   # the cosine with the true class
+        more = self.scale * (psi(t, m1, m2, m3) - t)
+        return target.cross_entropy(target.add_(logits, more))
+
+
+class ArcFace(MarginSoftmax):
+    """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
+    Flat at 15-20 means too high a learning rate, not a bug. m = 0.3 for noisy or small sets."""
+
+    def __init__(self, dim, classes, s=None, m=None, sample=1.0):
+        super().__init__(dim, classes, s, sample, m2=m)
 
 
 # ---- Softmax and its normalised forms ------------------------------------------------------------------------
 
-def ce(self, smooth=0.0):
+class CrossEntropy(ClassWeights):
     """Softmax cross-entropy: logits w_j.x + b_j, label smoothing on request.
     What DeepFace (2014), DeepID and VGGFace trained with. Norms carry class frequency and image quality, so judge it
     by the cosine, not by the distance of raw embeddings. No smoothing with margins: they cancel."""
-    self.expected = math.log(self.classes)
-    return self.linear_softmax(lambda x: x, smooth)
+    class_parameters = ("weight", "bias")
+
+    def __init__(self, dim, classes, smooth=0.0):
+        super().__init__(dim, classes)
+        self.smooth, self.expected = smooth, math.log(classes)
+        self.bias = nn.Parameter(self.class_rows(1).flatten())
+
+    def initialise(self, rows):
+        bound = self.dim ** -0.5                                        # as nn.Linear
+        return rows.uniform_(-bound, bound)
+
+    def product(self, x, w):
+        return F.linear(x, w, self.bias)
+
+    def forward(self, x, y):
+        logits, target = self.compare(x, y)
+        return target.cross_entropy(logits, self.smooth)
 
 
-def modified(self):
-    """Modified softmax: unit weights, no bias, free norm: logits ||x|| cos_j (Liu et al. 2017, 1704.08063, eq. 4).
-    A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
-    return self.class_weights(lambda x: x, cross_entropy)
-
-
-def l2softmax(self, alpha=16.0, learn=False):
+class L2Softmax(CrossEntropy):
     """L2-constrained softmax: logits w_j.(alpha x^) + b_j (Ranjan et al. 2017, 1703.09507).
-    Features on a sphere of radius alpha, weights free. With the others at their mean, the own class's probability is
+    Features on a sphere of radius alpha, weights free. With the others at their mean, the true class's probability is
     p = e^alpha / (e^alpha + C - 2) (section 3.3): alpha is raised to where that is 0.9, if it is lower (11.3 at C =
     8,631), as it cannot converge below. Learned (learn=true), it drifts up; the paper's best are fixed ones."""
-    alpha = max(alpha, math.log(max(9 * (self.classes - 2), 1)))
-    self.alpha = nn.Parameter(torch.tensor(alpha)) if learn else alpha
-    return self.linear_softmax(lambda x: self.alpha * unit(x))
+
+    def __init__(self, dim, classes, alpha=16.0, learn=False):
+        super().__init__(dim, classes)
+        self.expected = None
+        least = math.log(max(9 * (classes - 2), 1))
+        self.alpha = max(alpha, least)
+        if learn:
+            self.alpha = nn.Parameter(torch.tensor(self.alpha))
+            self.bias = self._parameters.pop("bias")                    # after alpha, as in checkpoints' optimizers
+
+    @property
+    def scale(self):
+        return self.alpha
 
 
-def normface(self, s=20.0, learn=True, sample=1.0):
+class Modified(ClassWeights):
+    """Modified softmax: unit weights, no bias, free norm: logits ||x|| cos_j (Liu et al. 2017, 1704.08063, eq. 4).
+    A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
+
+    def __init__(self, dim, classes):
+        super().__init__(dim, classes)
+
+
+class NormFace(ClassWeights):
     """NormFace: logits s cos_j, s learned (Wang et al. 2017, 1704.06369).
     With s = 1 the loss cannot fall below ln(1 + (C - 1) e^(-C/(C-1))), 8.1 at C = 8,631: the scale is what makes
     cosines trainable. The authors fine-tuned softmax models with it."""
-    return self.softmax_with(s, sample, learn=learn)
+
+    def __init__(self, dim, classes, s=20.0, learn=True, sample=1.0):
+        super().__init__(dim, classes, sample)
+        self.s, self.expected = s, self.expected_loss(s)
+        if learn:
+            self.s = nn.Parameter(torch.tensor(s))
+
+    @property
+    def scale(self):
+        return self.s
 
 
-def coco(self, s=30.0, sample=1.0):
+class COCO(NormFace):
     """COCO, congenerous cosine: logits s cos_j with a fixed s (Liu et al. 2017, 1710.00870).
     The centroids of the first version became normalised weights: NormFace with a constant."""
-    return self.softmax_with(s, sample)
+
+    def __init__(self, dim, classes, s=30.0, sample=1.0):
+        super().__init__(dim, classes, s, False, sample)
 
 
-def vmf(self, s=30.0, shared=False):
+class VMF(ClassWeights):
     """von Mises-Fisher mixture: log C_D(k_j) + k_j cos_j, concentrations k_j learned (Hasnat 2017, 1706.04264).
     shared=true has one k: the normaliser C_D cancels and it is NormFace. I_{D/2-1} overflows, so log C_D comes from
     the uniform asymptotic expansion of Bessel's function (Abramowitz, Stegun 9.7.7), good for D >= 8."""
-    self.class_weights(unit)
-    cosines_of, v = self.logits, max(self.dim / 2 - 1, 0.5)
-    self.log_k = nn.Parameter(torch.tensor([s]).log()) if shared else self.per_class(lambda k: k.fill_(math.log(s)))
+    scale = 1.0
 
-    def log_c(k):
+    def __init__(self, dim, classes, s=30.0, shared=False):
+        super().__init__(dim, classes)
+        self.shared, self.expected = shared, self.expected_loss(s)
+        log_k = torch.tensor([s]).log()
+        if not shared:
+            self.class_parameters = ("weight", "log_k")
+            log_k = self.weight.new_full(self.weight.shape[:1], math.log(s))
+        self.log_k = nn.Parameter(log_k)
+        self.shift = float(self.log_c(torch.tensor(s)))                 # cancels; keeps numbers small
+
+    def log_c(self, k):
+        v = max(self.dim / 2 - 1, 0.5)
         root = torch.sqrt(v * v + k * k)
         return v * torch.log(v + root) - root + 0.5 * torch.log(root)
-    shift = float(log_c(torch.tensor(s)))                               # cancels; keeps numbers small
 
-    def logits(x):
-        k = (self.enter(self.log_k) if shared else self.log_k).exp()
-        return (cosines_of(x) * k).add_(log_c(k) - shift)
-    self.logits = logits
-    self.at_start(s)
-    return lambda x, y: cross_entropy(logits(x), self.own(y))
+    def compare(self, x, y=None):
+        cosine, target = super().compare(x, y)
+        log_k = self.to_shards(self.log_k) if self.shared else self.log_k
+        k = log_k.exp()
+        logits = cosine * k
+        return logits.add_(self.log_c(k) - self.shift), target
 
 
-def adacos(self, dynamic=True, sample=1.0):
+class AdaCos(ClassWeights):
     """AdaCos: NormFace without a scale to choose (Zhang et al. 2019, 1905.00292).
     Starts at s = sqrt 2 ln(C - 1); dynamic: s = ln(mean_i sum_{j != y} e^{s cos_j}) / cos(min(pi/4, median theta)), so
     it falls as angles shrink. s is a buffer: as a Python number, elsewhere, it is lost on resuming."""
-    def loss(c, own):
-        if dynamic and self.training:
+    scale = 1.0
+
+    def __init__(self, dim, classes, dynamic=True, sample=1.0):
+        super().__init__(dim, classes, sample)
+        s = math.sqrt(2) * math.log(max(classes - 1, 2))
+        self.register_buffer("s", torch.tensor(s))
+        self.dynamic, self.expected = dynamic, self.expected_loss(float(self.s))
+
+    def logits(self, x):
+        return self.s * super().logits(x)
+
+    def forward(self, x, y):
+        cosine, target = self.compare(x, y)
+        if self.dynamic and self.training:
             with torch.no_grad():
-                middle = own.of(c).clamp(-1, 1).acos().median().clamp_max(math.pi / 4)
-                others = own.logsumexp(own.put(self.s * c, -math.inf)).logsumexp(0) - math.log(len(c))
-                self.s.copy_(others.clamp_min(1) / middle.cos())
-        return cross_entropy(c.mul_(self.s.clone()), own)               # a clone: the buffer moves on
-    formula = self.class_weights(unit, loss, sample)
-    cosines_of, self.logits = self.logits, lambda x: self.s * cosines_of(x)
-    self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(max(self.classes - 1, 2))))
-    self.at_start(float(self.s), sample)
-    return formula
+                theta = target.own_logit(cosine).clamp(-1, 1).acos()
+                median = theta.median().clamp_max(math.pi / 4)
+                others = target.logsumexp(target.fill_(self.s * cosine, -math.inf))
+                log_mean = others.logsumexp(0) - math.log(len(y))
+                self.s.copy_(log_mean.clamp_min(1) / median.cos())
+        # A clone: the next step changes s, perhaps before this one's backward().
+        return target.cross_entropy(cosine.mul_(self.s.clone()))
 
 
 # ---- Margins -------------------------------------------------------------------------------------------------
 
-def annealed(self, norms, m, base, gamma, power, low):
-    """Own logit norms(x, own) (lambda t + psi(m theta)) / (1 + lambda), lambda = max(low, base (1 + gamma n)^-power)
-    at step n, a buffer, so that a resumed run does not start the annealing again."""
-    self.register_buffer("step", torch.zeros((), dtype=torch.long))
-
-    def formula(x, y):
-        self.step += self.training
-        lam, own = (base * (1 + gamma * self.step.to(x.dtype)) ** -power).clamp_min(low), self.own(y)
-        return margin_softmax(self.logits(x), own, norms(x, own).clamp_min(1e-6)[:, None],
-                              lambda t: (lam * t + psi(t, m)) / (1 + lam))
-    return formula
-
-
-def lsoftmax(self, m=4, base=1000.0, gamma=2.5e-5, power=35.0, low=0.0):
+class LSoftmax(ClassWeights):
     """L-softmax: own logit ||w_y|| ||x|| psi(m theta) (Liu et al. 2016, 1612.02295).
-    The first margin. Does not converge from scratch without the annealing, here that for MNIST's 20,000 steps."""
-    self.class_weights(unit)
-    self.logits = lambda x: F.linear(self.enter(x), self.weight)
-    return annealed(self, lambda x, own: x.norm(dim=1) * own.rows(self.weight).norm(dim=1), m, base, gamma, power, low)
+    The first margin. Does not converge from scratch without the annealing, here that for MNIST's 20,000 steps:
+    own logit norms (lambda t + psi(m theta)) / (1 + lambda), lambda = max(low, base (1 + gamma n)^-power) at step n.
+    n is a buffer, so that a resumed run does not start the annealing again."""
+    product = staticmethod(F.linear)
+
+    def __init__(self, dim, classes, m=4, base=1000.0, gamma=2.5e-5, power=35.0, low=0.0):
+        super().__init__(dim, classes)
+        self.m, self.base, self.gamma, self.power, self.low = m, base, gamma, power, low
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def norms(self, x, target):
+        own = target.weight_rows(self.weight)
+        return x.norm(dim=1) * own.norm(dim=1)
+
+    def forward(self, x, y):
+        self.step += self.training      # evaluation does not count
+        n = self.step.to(x.dtype)
+        lam = self.base * (1 + self.gamma * n) ** -self.power
+        lam = lam.clamp_min(self.low)
+        logits, target = self.compare(x, y)
+        norms = self.norms(x, target).clamp_min(1e-6)[:, None]
+        with torch.no_grad():
+            t = target.own_logit(logits) / norms
+        wanted = (lam * t + psi(t, self.m)) / (1 + lam)
+        return target.cross_entropy(target.add_(logits, norms * (wanted - t)))
 
 
-def asoftmax(self, m=4, base=1000.0, gamma=0.12, power=1.0, low=5.0):
+class ASoftmax(LSoftmax):
     """A-softmax, SphereFace as published: own logit ||x|| psi(m theta), unit weights.
     Liu et al. 2017, 1704.08063. The annealing ends at lambda = 5, a sixth of the margin. sphereface needs none."""
-    self.class_weights(lambda x: x)
-    return annealed(self, lambda x, own: x.norm(dim=1), m, base, gamma, power, low)
+    product = Cosines.apply
+
+    def __init__(self, dim, classes, m=4, base=1000.0, gamma=0.12, power=1.0, low=5.0):
+        super().__init__(dim, classes, m, base, gamma, power, low)
+
+    def norms(self, x, target):
+        return x.norm(dim=1)
 
 
-def sphereface(self, s=30.0, m=1.7, sample=1.0):
+class SphereFace(MarginSoftmax):
     """SphereFace on the unit sphere: own logit s psi(m theta) (SphereFace-R, Liu et al. 2021, 2109.05565).
     Without psi, as in some code, the logit rises again beyond pi/m = 106 degrees."""
-    return self.softmax_with(s, sample, m1=m)
+
+    def __init__(self, dim, classes, s=30.0, m=1.7, sample=1.0):
+        super().__init__(dim, classes, s, sample, m1=m)
 
 
-def am(self, s=30.0, m=0.35, sample=1.0):
+class AMSoftmax(MarginSoftmax):
     """AM-softmax: own logit s (cos theta - m) (Wang et al. 2018, 1801.05599)."""
-    return self.softmax_with(s, sample, m3=m)
+
+    def __init__(self, dim, classes, s=30.0, m=0.35, sample=1.0):
+        super().__init__(dim, classes, s, sample, m3=m)
 
 
-def cosface(self, s=None, m=None, sample=1.0):
+class CosFace(MarginSoftmax):
     """CosFace: own logit s (cos theta - m) (Wang et al. 2018, 1801.09414); am with s and m by the set.
     The margin with the fewest troubles: its gradient does not depend on the angle."""
-    return am(self, s, m, sample)
+
+    def __init__(self, dim, classes, s=None, m=None, sample=1.0):
+        super().__init__(dim, classes, s, sample, m3=m)
 
 
-def arcface(self, s=None, m=None, sample=1.0):
-    """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
-    Flat at 15-20 means too high a learning rate, not a bug. m = 0.3 for noisy or small sets."""
-    return self.softmax_with(s, sample, m2=m)
-
-
-def combined(self, s=None, m1=1.0, m2=0.3, m3=0.2, sample=1.0):
+class Combined(MarginSoftmax):
     """Combined margin: own logit s (cos(m1 theta + m2) - m3) (ArcFace's paper, eq. 4).
     m1 multiplies, m2 adds to the angle, m3 to the cosine. (The course write-up prints cos(theta + m1) + m2; a plus
     there would make the task easier.)"""
-    return self.softmax_with(s, sample, m1=m1, m2=m2, m3=m3)
+
+    def __init__(self, dim, classes, s=None, m1=1.0, m2=0.3, m3=0.2, sample=1.0):
+        super().__init__(dim, classes, s, sample, 1, m1, m2, m3)
 
 
-def curricular(self, s=None, m=None, momentum=0.01, sample=1.0):
+class Curricular(ClassWeights):
     """CurricularFace: ArcFace, and negatives with cos_j > cos(theta + m) become cos_j (r + cos_j).
     Huang et al. 2020, 2004.00288. r, the running mean of the own cosine, updated before use, rises: easy first."""
-    def loss(logits, own):
-        with torch.no_grad():                   # torch.where(easy, l, l (r + l/s)), l (r + l/s) = slope l - l^2/s:
-            t = own.of(logits) / s              # one array is kept, not three
-            target = s * psi(t, m2=m)
+
+    def __init__(self, dim, classes, s=None, m=None, momentum=0.01, sample=1.0):
+        super().__init__(dim, classes, sample)
+        self.scale, self.m, self.momentum = s, m, momentum
+        self.register_buffer("r", torch.zeros(()))
+
+    def forward(self, x, y):
+        s = self.scale
+        logits, target = self.compare(x, y)
+        with torch.no_grad():
+            t = target.own_logit(logits) / s
+            wanted = s * psi(t, m2=self.m)
             if self.training:
-                self.r.lerp_(t.mean(), momentum)
-            easy = own.put(logits <= target, True)
+                self.r.lerp_(t.mean(), self.momentum)
+            # A hard logit l becomes l (r + l/s) = slope l - l^2/s with slope = r + 2 l/s, its derivative: products
+            # with constants, so that autograd keeps one array (B, C) and not three. Easy ones: slope 1, no square.
+            easy = target.fill_(logits <= wanted, True)
             slope = torch.add(self.r, logits, alpha=2 / s).masked_fill_(easy, 1)
             hard = logits.masked_fill(easy, 0)
         logits.mul_(slope).addcmul_(hard, hard, value=-1 / s)
-        del easy, slope, hard
-        return cross_entropy(own.add(logits, target - s * t), own)
-    self.register_buffer("r", torch.zeros(()))
-    return self.class_weights(lambda x: s * unit(x), loss, sample)
+        del easy, slope, hard                                           # memory for the cross-entropy
+        return target.cross_entropy(target.add_(logits, wanted - s * t))
 
 
-def subcenter(self, s=None, m=None, k=3, sample=1.0):
+class SubCenter(MarginSoftmax):
     """Sub-center ArcFace: k weights a class, cos_j the largest of their cosines (Deng et al. 2020, ECCV).
     Mislabelled images gather at a minor centre; a person's few images scatter over all three: k = 1, ArcFace, for
     small sets. k times the head's cost and memory."""
-    return self.softmax_with(s, sample, k=k, m2=m)
+
+    def __init__(self, dim, classes, s=None, m=None, k=3, sample=1.0):
+        super().__init__(dim, classes, s, sample, k, m2=m)
+        if k > 1:
+            self.expected = None
+
+    def product(self, x, w):
+        cosine = Cosines.apply(x, w).unflatten(1, (self.k, -1))         # (B, k, n)
+        return cosine.max(1)[0]
 
 
-def adaface(self, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
+class AdaFace(MarginSoftmax):
     """AdaFace: the norm tells image quality; own logit s (cos(theta - m z) - m (1 + z)).
     Kim et al. 2022, 2204.00964. z = clip(h (||x|| - mean) / deviation, -1, 1), no gradient. h = 0 is CosFace, z = -1
     ArcFace. The deviation is the biased one: of a batch of one the other is NaN, for good in the running statistics.
     Below angle 0 psi goes on rising; the authors' code stops at 1."""
-    self.register_buffer("mean", torch.tensor(20.0))
-    self.register_buffer("std", torch.tensor(100.0))
 
-    @torch.no_grad()
-    def margins(x):
-        norm = x.norm(dim=1, keepdim=True).clamp(1e-3, 100)
+    def __init__(self, dim, classes, s=None, m=0.4, h=0.333, momentum=0.01, sample=1.0):
+        super().__init__(dim, classes, s, sample, m3=m)
+        self.m, self.h, self.momentum = m, h, momentum
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
+
+    def forward(self, x, y):
+        norm = x.detach().norm(dim=1, keepdim=True)
+        norm = norm.clamp(1e-3, 100)
         if self.training:
-            self.mean.lerp_(norm.mean(), momentum)
-            self.std.lerp_(norm.std(correction=0), momentum)
-        z = (h * (norm - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
-        return {"m2": -m * z, "m3": m * (1 + z)}
-    return self.softmax_with(s, sample, margins, m3=m)
+            self.mean.lerp_(norm.mean(), self.momentum)
+            self.std.lerp_(norm.std(correction=0), self.momentum)
+        z = self.h * (norm - self.mean) / (self.std + 1e-3)
+        z = z.clamp(-1, 1)              # quality: -1 poor, 1 good
+        m2, m3 = -self.m * z, self.m * (1 + z)
+        return super().forward(x, y, (1, m2, m3))
 
 
-def magface(self, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0, sample=1.0):
+class MagFace(MarginSoftmax):
     """MagFace: own logit s cos(theta + m(a)), a = ||x||, and lam mean(1/a + a/high^2).
     Meng et al. 2021, 2103.06627. m(a) is linear from (low, m_low) to (high, m_high). Neither part is detached: the
     margin pulls norms down, the second term, a reward for long x, up. Norms below low are clamped, which learns
     nothing, and a last batch norm makes them about sqrt D: for D < 100 low=1,high=51."""
-    def norm(x):
-        return x.norm(dim=1, keepdim=True).clamp(low, high)
-    rise = (m_high - m_low) / (high - low)
-    formula = self.softmax_with(s, sample, lambda x: {"m2": m_low + rise * (norm(x) - low)})
-    self.expected = None
-    return lambda x, y: formula(x, y) + lam * (1 / norm(x) + norm(x) / high ** 2).mean()
+
+    def __init__(self, dim, classes, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0,
+                 sample=1.0):
+        super().__init__(dim, classes, s, sample)
+        self.low, self.high, self.m_low, self.lam = low, high, m_low, lam
+        self.rise = (m_high - m_low) / (high - low)                     # of the margin, per unit of norm
+        self.expected = None
+
+    def norm(self, x):
+        return x.norm(dim=1, keepdim=True).clamp(self.low, self.high)
+
+    def forward(self, x, y):
+        m = self.m_low + self.rise * (self.norm(x) - self.low)
+        loss = super().forward(x, y, (1, m, 0))
+        term = 1 / self.norm(x) + self.norm(x) / self.high ** 2
+        return loss + self.lam * term.mean()
 
 
-def elastic(self, s=None, m=None, sigma=0.05, kind="arc", sample=1.0):
+class ElasticFace(MarginSoftmax):
     """ElasticFace: the margin of each image and step is drawn from N(m, sigma).
     Boutros et al. 2022, 2109.09416. kind=arc adds it to the angle, kind=cos subtracts it from the cosine: give
     m=0.35 with it, auto is an angle. sigma = 0 is ArcFace or CosFace. In evaluation the margin is m."""
-    margin = {"arc": "m2", "cos": "m3"}[kind]
 
-    def drawn(x):
-        return {margin: m + sigma * self.training * torch.randn(len(x), 1, device=x.device, dtype=x.dtype)}
-    return self.softmax_with(s, sample, drawn, **{margin: m})
+    def __init__(self, dim, classes, s=None, m=None, sigma=0.05, kind="arc", sample=1.0):
+        margin = {"m2": m} if kind == "arc" else {"m3": m}
+        super().__init__(dim, classes, s, sample, **margin)
+        self.m, self.sigma, self.kind = m, sigma, kind
+
+    def forward(self, x, y):
+        noise = torch.randn(len(x), 1, device=x.device, dtype=x.dtype)
+        m = self.m + self.sigma * self.training * noise                 # training is 0 or 1
+        margins = (1, m, 0) if self.kind == "arc" else (1, 0, m)
+        return super().forward(x, y, margins)
 
 
-def one_against_rest(logits, own, gap, alpha, beta):
+def one_against_rest(logits, target, gap, alpha, beta):
     """mean_i alpha softplus(gap - l_iy) + beta sum_{j != y} softplus(l_ij): C yes-or-no questions instead of one choice
     among C. softplus, not log(1 + exp), which overflows."""
-    mine, total = own.of(logits), own.total(F.softplus(logits).sum(1, keepdim=True))
-    return (alpha * F.softplus(gap - mine) + beta * (total - F.softplus(mine))).mean()
+    own = target.own_logit(logits)
+    others = target.row_sum(F.softplus(logits)) - F.softplus(own)
+    return (alpha * F.softplus(gap - own) + beta * others).mean()
 
 
-def sphereface2(self, r=40.0, m=0.4, t=3, alpha=0.7, lw=50.0):
+class SphereFace2(ClassWeights):
     """SphereFace2: C binary classifiers r g(cos_j) + b -+ r m, g(c) = 2 ((c+1)/2)^t - 1.
-    Wen et al. 2022, 2108.01513, variant C: margin on both signs. alpha weighs the own class against all others, lw / r
+    Wen et al. 2022, 2108.01513, variant C: margin on both signs. alpha weighs the true class against all others, lw / r
     the whole. b is learned and starts where the loss of orthogonal embeddings is least, a closed form."""
-    q = (2 * r) ** (1 / t) / 2                                          # 2 r ((c+1)/2)^t = (q c + q)^t
-    self.class_weights(lambda x: q * unit(x))
-    cosines_of, z = self.logits, alpha / ((1 - alpha) * max(self.classes - 1, 1))
-    self.b = nn.Parameter(torch.tensor(math.log(z) / 2 - r * (2 * 0.5 ** t - 1)
-                                       - math.asinh((1 - z) / (2 * math.sqrt(z)) * math.exp(r * m))))
 
-    def logits(x, margin=0.0):
-        h = cosines_of(x).add_(q)                   # h^t + b - r + margin; pow() would keep one array (B, C) more
-        slope = h.detach().pow(t - 1).mul_(t)       # h slope, less its part 1 - 1/t, is h^t
+    def __init__(self, dim, classes, r=40.0, m=0.4, t=3, alpha=0.7, lw=50.0):
+        super().__init__(dim, classes)
+        self.scale = (2 * r) ** (1 / t) / 2                             # q in 2 r ((c+1)/2)^t = (q c + q)^t
+        self.r, self.margin, self.t, self.alpha, self.lw = r, r * m, t, alpha, lw
+        z = alpha / ((1 - alpha) * max(classes - 1, 1))
+        middle = math.log(z) / 2 - r * (2 * 0.5 ** t - 1)
+        sinh = (1 - z) / (2 * math.sqrt(z)) * math.exp(r * m)
+        half = math.asinh(sinh)
+        self.b = nn.Parameter(torch.tensor(middle - half))
+
+    def compare(self, x, y=None):
+        """h^t + b - r, with labels + r m. h = q c + q has h^t by slope = t h^(t-1), the derivative: h slope, less its
+        part 1 - 1/t, has this value and gradient; pow() would keep one array (B, C) more."""
+        h, target = super().compare(x, y)
+        h.add_(self.scale)
+        slope = h.detach().pow(self.t - 1).mul_(self.t)
         h.mul_(slope)
-        return h.sub_(h.detach(), alpha=1 - 1 / t).add_(self.enter(self.b) - r + margin)
-    self.logits = logits
-    return lambda x, y: lw / r * one_against_rest(logits(x, r * m), self.own(y), 2 * r * m, alpha, 1 - alpha)
+        h.sub_(h.detach(), alpha=1 - 1 / self.t)
+        shift = self.to_shards(self.b) - self.r
+        if target:
+            shift = shift + self.margin
+        return h.add_(shift), target
+
+    def forward(self, x, y):
+        logits, target = self.compare(x, y)
+        loss = one_against_rest(logits, target, 2 * self.margin, self.alpha, 1 - self.alpha)
+        return self.lw / self.r * loss
 
 
-def uniface(self, s=None, m=0.4, lam=1.0, sample=1.0):
+class UniFace(ClassWeights):
     """UniFace: one learned threshold b for all classes: softplus of -(s (t - m) - b) and of s cos_j - b.
     Zhou et al. 2023, ICCV. Verification needs that every genuine score lies above one b and every impostor's below."""
-    formula = self.class_weights(lambda x: s * unit(x), lambda logits, own: one_against_rest(
-        logits.sub_(self.enter(self.b)), own, s * m, 1.0, lam), sample)
-    self.b = nn.Parameter(torch.tensor(math.log(10 * self.classes)))
-    return formula
+
+    def __init__(self, dim, classes, s=None, m=0.4, lam=1.0, sample=1.0):
+        super().__init__(dim, classes, sample)
+        self.scale, self.m, self.lam = s, m, lam
+        self.b = nn.Parameter(torch.tensor(math.log(10 * classes)))
+
+    def forward(self, x, y):
+        logits, target = self.compare(x, y)
+        logits.sub_(self.to_shards(self.b))
+        return one_against_rest(logits, target, self.scale * self.m, 1.0, self.lam)
 
 
-def circle_class(self, gamma=256.0, m=0.25, sample=1.0):
+class CircleClass(ClassWeights):
     """Circle loss over classes: gamma [1+m-t]+ (t-(1-m)) against gamma [cos_j+m]+ (cos_j-m).
     Sun et al. 2020, 2002.10857. The weights [.]+ carry no gradient: it fights the logits. 20-70 is a normal loss."""
-    root = math.sqrt(gamma)                                             # for either of the two factors
 
-    def loss(c, own):
-        t = own.of(c)
-        target = (root * (1 + m) - t.detach()).relu() * (t - root * (1 - m))
-        weights = own.put((c.detach() + root * m).relu_(), 0)
-        return cross_entropy(own.add(c.sub_(root * m).mul_(weights), target), own)
-    return self.class_weights(lambda x: root * unit(x), loss, sample)
+    def __init__(self, dim, classes, gamma=256.0, m=0.25, sample=1.0):
+        super().__init__(dim, classes, sample)
+        self.scale, self.m = math.sqrt(gamma), m                        # sqrt gamma for each of the two factors
+
+    def forward(self, x, y):
+        s, m = self.scale, self.m
+        logits, target = self.compare(x, y)
+        t = target.own_logit(logits)
+        weight = (s * (1 + m) - t.detach()).relu()
+        own = weight * (t - s * (1 - m))
+        weights = (logits.detach() + s * m).relu_()
+        target.fill_(weights, 0)        # add_() below puts the own logit in its place
+        logits.sub_(s * m).mul_(weights)
+        return target.cross_entropy(target.add_(logits, own))
 
 
-def groupface(self, k=4, lam=0.1, s=None, m=None, sample=1.0):
+class GroupFace(MarginSoftmax):
     """GroupFace: the embedding gains a group-aware part, x + sum_k p_k V_k x, p = softmax(G x).
     Kim et al. 2020, 2005.10497. ArcFace on the sum, plus lam CE(p, k*): k* = argmax (p_k - E p_k)/K + 1/K balances the
     groups nobody labelled. The sum is the embedding at inference too; it costs k D x D products beside the head."""
-    formula = self.softmax_with(s, sample, m2=m)
-    free, self.expected = self.logits, None
-    self.groups = nn.Linear(self.dim, k)
-    self.parts = nn.Parameter(torch.randn(k, self.dim, self.dim) * 0.1 * self.dim ** -0.5)
-    self.register_buffer("usage", torch.full((k,), 1 / k))
 
-    def project(x):
-        parts = F.linear(x, self.parts.flatten(0, 1)).unflatten(1, (k, -1))             # (B, k, D)
-        return x + (self.groups(x).softmax(1)[:, None] @ parts)[:, 0]
-    self.project, self.logits = project, lambda x: free(project(x))
+    def __init__(self, dim, classes, k=4, lam=0.1, s=None, m=None, sample=1.0):
+        super().__init__(dim, classes, s, sample, m2=m)
+        self.lam, self.expected = lam, None
+        self.groups = nn.Linear(dim, k)
+        self.parts = nn.Parameter(torch.randn(k, dim, dim) * 0.1 * dim ** -0.5)
+        self.register_buffer("usage", torch.full((k,), 1 / k))
 
-    def with_groups(x, y):
+    def project(self, x):
+        parts = F.linear(x, self.parts.flatten(0, 1))                   # (B, k D)
+        parts = parts.unflatten(1, (len(self.usage), -1))
+        p = self.groups(x).softmax(1)
+        return x + (p[:, None] @ parts)[:, 0]
+
+    def compare(self, x, y=None):
+        return super().compare(self.project(x), y)
+
+    def forward(self, x, y):
         scores = self.groups(x)
         p = scores.softmax(1).detach()
         if self.training:
             self.usage.lerp_(p.mean(0), 0.1)
-        return formula(project(x), y) + lam * F.cross_entropy(scores, (p - self.usage).argmax(1))
-    return with_groups
+        loss = super().forward(x, y)
+        wanted = (p - self.usage).argmax(1)                             # k*, the group with the most room
+        return loss + self.lam * F.cross_entropy(scores, wanted)
 
 
 # ---- Pairs, triplets, batches: train.py gives these P people x K images --------------------------------------
@@ -521,7 +631,8 @@ def groupface(self, k=4, lam=0.1, s=None, m=None, sample=1.0):
 def same_and_other(y):
     """Masks (B, B): pairs of one person, without the diagonal; pairs of two people."""
     same = y[:, None] == y
-    return same ^ torch.eye(len(y), dtype=torch.bool, device=y.device), ~same
+    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    return same ^ itself, ~same
 
 
 def cosines(x):
@@ -535,11 +646,6 @@ def distances(x):
     return (2 - 2 * cosines(x)).clamp_min(1e-12).sqrt()
 
 
-def over_pairs(values, formula):
-    """formula(values (B, B), same, other) of the values, a function of x, and the two masks."""
-    return lambda x, y: formula(values(x), *same_and_other(y))
-
-
 def mean_where(values, mask):
     """Mean over the mask; 0 with a gradient of 0 where the mask is empty."""
     return values.where(mask, 0).sum() / mask.sum().clamp_min(1)
@@ -550,341 +656,684 @@ def lse_where(values, mask):
     return values.masked_fill(~mask, -1e9).logsumexp(1)
 
 
-def contrastive(self, m=1.0):
+class DoubleMargin(nn.Module):
+    """Contrastive with two margins: [d - m_p]+^2 for one person, [m_n - d]+^2 for two.
+    Genuine pairs are not crushed into a point. No values are standard; these are 23 and 74 degrees."""
+
+    def __init__(self, m_p=0.4, m_n=1.2, weight=1.0):
+        super().__init__()
+        self.m_p, self.m_n, self.weight = m_p, m_n, weight
+
+    def forward(self, x, y):
+        d = distances(x)
+        same, other = same_and_other(y)
+        genuine = mean_where((d - self.m_p).relu() ** 2, same)
+        impostor = mean_where((self.m_n - d).relu() ** 2, other)
+        return self.weight * (genuine + impostor)
+
+
+class Contrastive(DoubleMargin):
     """Contrastive, max-margin: d^2/2 for one person, [m - d]+^2 / 2 for two (Hadsell et al. 2006, CVPR).
     d of unit embeddings (0..2); genuine and impostor pairs are averaged apart, or the many impostors drown the few.
     (A lecture prints max(0, m - D^2); Hadsell's hinge is on the distance and squared afterwards.)"""
-    return double_margin(self, 0.0, m, weight=0.5)
+
+    def __init__(self, m=1.0):
+        super().__init__(0.0, m, 0.5)
 
 
-def double_margin(self, m_p=0.4, m_n=1.2, weight=1.0):
-    """Contrastive with two margins: [d - m_p]+^2 for one person, [m_n - d]+^2 for two.
-    Genuine pairs are not crushed into a point. No values are standard; these are 23 and 74 degrees."""
-    return over_pairs(distances, lambda d, same, other: weight * (
-        mean_where((d - m_p).relu() ** 2, same) + mean_where((m_n - d).relu() ** 2, other)))
+class Siamese(nn.Module):
+    """DeepFace's siamese metric: p(same) = sigmoid(b - sum_k w_k |x^1_k - x^2_k|), w >= 0 learned.
+    Taigman et al. 2014, CVPR. Logistic loss, genuine and impostor pairs averaged apart. verify.py --metric learned."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.axes = nn.Parameter(torch.zeros(dim))
+        self.b = nn.Parameter(torch.tensor(math.sqrt(dim)))
+
+    def weighted(self, x):
+        return 1.4 * F.softplus(self.axes) * unit(x)                    # w = 0.97 at first
+
+    def score(self, a, b):
+        difference = self.weighted(a) - self.weighted(b)
+        return self.b - difference.abs().sum(-1)
+
+    def forward(self, x, y):
+        z = self.weighted(x)
+        logit = self.b - torch.cdist(z, z, p=1)
+        same, other = same_and_other(y)
+        genuine = mean_where(F.softplus(-logit), same)
+        impostor = mean_where(F.softplus(logit), other)
+        return genuine + impostor
 
 
-def marginal(self, theta=1.2, xi=0.3):
-    """Marginal loss: mean over pairs of [xi -+ (theta - d^2)]+, minus for one person (Deng et al. 2017, CVPRW).
-    The distance is squared (0..4). Meant to be added to ce."""
-    return over_pairs(cosines, lambda s, same, other: mean_where(
-        (xi - torch.where(same, 1.0, -1.0) * (theta - 2 + 2 * s)).relu(), same | other))
-
-
-def triplets(q, y, mining, cost, nonzero=False):
-    """Mean cost(q_an - q_ap) over triplets of anchor, positive, negative; q (B, B) is higher for closer pairs.
-    all: every triplet (those of nonzero cost if so wished). hard: the farthest positive and the closest negative of
-    each anchor. semihard: for each genuine pair the closest negative that is farther than the positive, or, if there
-    is none, the farthest negative of all. all and semihard take memory for B^3 numbers."""
+def mine_triplets(q, y, mining):
+    """(gap, counts): q_an - q_ap of triplets of anchor, positive, negative, and which of them count. q (B, B) is higher
+    for closer pairs. all: every triplet. hard: the farthest positive and the closest negative of each anchor.
+    semihard: for each genuine pair the closest negative that is farther than the positive, or, if there is none, the
+    farthest negative of all. all and semihard take memory for B^3 numbers."""
     same, other = same_and_other(y)
     if mining == "hard":
-        near, far = q.masked_fill(~other, -1e4).amax(1), q.masked_fill(~same, 1e4).amin(1)
-        return mean_where(cost(near - far), same.any(1) & other.any(1))
-    gap = q[:, None, :] - q[:, :, None]                                                 # (a, p, n)
+        # 1e4 and -1e4 are outside of any q, and finite in a gradient
+        closest = q.masked_fill(~other, -1e4).amax(1)
+        farthest = q.masked_fill(~same, 1e4).amin(1)
+        return closest - farthest, same.any(1) & other.any(1)
+    gap = q[:, None, :] - q[:, :, None]                                 # (a, p, n)
     valid = same[:, :, None] & other[:, None, :]
-    if mining == "semihard":
-        beyond = gap.masked_fill(~(valid & (gap < 0)), -1e4).amax(2)
-        easiest = gap.masked_fill(~valid, 1e4).amin(2)
-        return mean_where(cost(torch.where(beyond > -1e4, beyond, easiest)), valid.any(2))
-    value = cost(gap)
-    return mean_where(value, valid & (value > 0) if nonzero else valid)
+    if mining == "all":
+        return gap, valid
+    farther = valid & (gap < 0)
+    beyond = gap.masked_fill(~farther, -1e4).amax(2)
+    easiest = gap.masked_fill(~valid, 1e4).amin(2)
+    return torch.where(beyond > -1e4, beyond, easiest), valid.any(2)
 
 
-def triplet(self, m=0.2, mining="semihard"):
+class Triplet(nn.Module):
     """Triplet: [d_ap^2 - d_an^2 + m]+ on unit embeddings, mining=all/hard/semihard.
     Schroff et al. 2015, 1503.03832. hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard
     or from a softmax model. all averages the non-zero triplets, so its loss hovers near m even while it learns."""
-    return lambda x, y: triplets(2 * cosines(x) - 2, y, mining, lambda gap: (gap + m).relu(), nonzero=True)
+
+    def __init__(self, m=0.2, mining="semihard"):
+        super().__init__()
+        self.m, self.mining = m, mining
+
+    def forward(self, x, y):
+        gap, counts = mine_triplets(2 * cosines(x) - 2, y, self.mining)
+        value = (gap + self.m).relu()
+        if self.mining == "all":
+            counts = counts & (value > 0)
+        return mean_where(value, counts)
 
 
-def hinge(self, m=0.2, mining="all"):
+class Hinge(nn.Module):
     """Hinge on cosines: max(s_n - s_p + m, 0); the triplet loss with half the scale, over all triplets."""
-    return lambda x, y: triplets(cosines(x), y, mining, lambda gap: (gap + m).relu())
+
+    def __init__(self, m=0.2, mining="all"):
+        super().__init__()
+        self.m, self.mining = m, mining
+
+    def forward(self, x, y):
+        gap, counts = mine_triplets(cosines(x), y, self.mining)
+        return mean_where((gap + self.m).relu(), counts)
 
 
-def projected_triplets(self, k, cost, mining):
-    """Triplets on W x^ (k numbers), inner products as in the papers. W starts as the first k axes and is part of the
-    embedding ever after; another term of a sum sees x itself."""
-    self.projection = nn.Parameter(torch.eye(k or min(self.dim, 128), self.dim))
-    self.project = lambda x: F.linear(unit(x), self.projection)
-    return lambda x, y: triplets((z := self.project(x)) @ z.T, y, mining, cost)
-
-
-def tse(self, m=0.1, k=0, mining="all"):
+class TSE(nn.Module):
     """Triplet similarity embedding: [a.n - a.p + m]+ of W x^ (Sankaranarayanan et al. 2016, 1602.03418).
-    A linear W with k rows (0: 128, or the dimension if lower) for frozen features: --init CKPT --freeze."""
-    return projected_triplets(self, k, lambda gap: (gap + m).relu(), mining)
+    A linear W with k rows (0: 128, or the dimension if lower) for frozen features: --init CKPT --freeze.
+    W starts as the first k axes and is part of the embedding ever after; another term of a sum sees x itself."""
+
+    def __init__(self, dim, m=0.1, k=0, mining="all"):
+        super().__init__()
+        self.m, self.mining = m, mining
+        self.projection = nn.Parameter(torch.eye(k or min(dim, 128), dim))
+
+    def project(self, x):
+        return F.linear(unit(x), self.projection)
+
+    def cost(self, gap):
+        return (gap + self.m).relu()
+
+    def forward(self, x, y):
+        z = self.project(x)
+        gap, counts = mine_triplets(z @ z.T, y, self.mining)
+        return mean_where(self.cost(gap), counts)
 
 
-def tpe(self, k=0, mining="all"):
+class TPE(TSE):
     """Triplet probabilistic embedding: -log e^{a.p} / (e^{a.p} + e^{a.n}) of W x^.
     The same authors, 2016, 1604.05417. = softplus(a.n - a.p), tse with a soft hinge. For frozen features, as tse."""
-    return projected_triplets(self, k, F.softplus, mining)
+
+    def __init__(self, dim, k=0, mining="all"):
+        super().__init__(dim, 0.0, k, mining)
+
+    def cost(self, gap):
+        return F.softplus(gap)
 
 
-def npair(self, reg=0.002):
+class NPair(nn.Module):
     """N-pair: cross-entropy over a_i.p_j, one (a, p) a person, plus reg mean ||x||^2 (Sohn 2016, NIPS).
     a, p: a person's first two images of the batch. Raw inner products: cosines barely train without a scale."""
-    def formula(x, y):
+
+    def __init__(self, reg=0.002):
+        super().__init__()
+        self.reg = reg
+
+    def forward(self, x, y):
         same = y[:, None] == y
         earlier = same.tril(-1).sum(1)                                  # how many of this person came before
-        anchor, pair = (earlier == 0) & (same.sum(1) > 1), same & (earlier == 1)
-        scores = x @ x[pair.int().argmax(1)].T                          # column j: the second of j's person
+        anchor = (earlier == 0) & (same.sum(1) > 1)
+        second = (same & (earlier == 1)).int().argmax(1)
+        scores = x @ x[second].T                                        # column j: the second of j's person
         rows = lse_where(scores, anchor.expand_as(same)) - scores.diagonal()
-        return mean_where(rows, anchor) + reg * x.square().sum(1).mean()
-    return formula
+        norms = x.square().sum(1)
+        return mean_where(rows, anchor) + self.reg * norms.mean()
 
 
-def supcon(self, tau=0.1):
+class Range(nn.Module):
+    """Range loss: alpha sum over people of the harmonic mean of their k largest distances + beta [m - d^2]+.
+    d: the smallest distance of two people's centres. Zhang et al. 2016, 1611.08976. 0.01 * range.
+    For long tails: a person's few farthest pairs count, not all. On unit embeddings, m = 1 is 60 degrees."""
+
+    def __init__(self, k=2, alpha=1.0, beta=1.0, m=1.0):
+        super().__init__()
+        self.k, self.alpha, self.beta, self.m = k, alpha, beta, m
+
+    def forward(self, x, y):
+        same, other = same_and_other(y)
+        first = ~same.tril().any(1)                                     # one image stands for each person
+        person = first[:, None] & ~other                                # (person, image)
+        pairs = person[:, :, None] & same.triu()                        # (person, i, j)
+        d = distances(x).where(pairs, 0).flatten(1)
+        d = d.topk(min(self.k, d.shape[1]), 1)[0]                       # each one's farthest pairs; 0: no pair
+        there = d > 0
+        inverse = (1 / d.where(there, math.inf)).sum(1)
+        intra = there.sum(1) / inverse.where(inverse > 0, 1)            # harmonic means, one a person
+        own = (~other).to(x.dtype)
+        centre = own @ unit(x) / own.sum(1, keepdim=True)               # of the image's own person
+        apart = (centre[:, None] - centre).square().sum(2)
+        gap = apart.masked_fill(~other, 1e4).amin()
+        return self.alpha * intra.sum() + self.beta * (self.m - gap).relu()
+
+
+class Marginal(nn.Module):
+    """Marginal loss: mean over pairs of [xi -+ (theta - d^2)]+, minus for one person (Deng et al. 2017, CVPRW).
+    The distance is squared (0..4). Meant to be added to ce."""
+
+    def __init__(self, theta=1.2, xi=0.3):
+        super().__init__()
+        self.theta, self.xi = theta, xi
+
+    def forward(self, x, y):
+        same, other = same_and_other(y)
+        sign = torch.where(same, 1.0, -1.0)
+        cost = self.xi - sign * (self.theta - 2 + 2 * cosines(x))       # d^2 = 2 - 2 cos
+        return mean_where(cost.relu(), same | other)
+
+
+class MultiSimilarity(nn.Module):
+    """Multi-similarity: ln(1 + sum_p e^{alpha (base - s_p)})/alpha + ln(1 + sum_n e^{beta (s_n - base)})/beta.
+    s_p, s_n: an anchor's cosines, genuine and impostor. Wang et al. 2019, 1904.06627, without its mining."""
+
+    def __init__(self, alpha=2.0, beta=50.0, base=0.5):
+        super().__init__()
+        self.alpha, self.beta, self.base = alpha, beta, base
+        self.a, self.b = 1 / alpha, 1 / beta                            # here, so that make() refuses a 0
+
+    def forward(self, x, y):
+        s = cosines(x) - self.base
+        same, other = same_and_other(y)
+        genuine = self.a * F.softplus(lse_where(-self.alpha * s, same))
+        impostor = self.b * F.softplus(lse_where(self.beta * s, other))
+        return (genuine + impostor).mean()
+
+
+class SupCon(nn.Module):
     """SupCon: -mean_p log e^{cos_ip/tau} / sum_{a != i} e^{cos_ia/tau} (Khosla et al. 2020, 2004.11362).
     Mean over anchors i; those without a positive are left out. The anchor itself never stands in the sum."""
-    def formula(s, same, other):
-        log_p = s / tau - lse_where(s / tau, same | other)[:, None]
-        return mean_where(-(log_p * same).sum(1) / same.sum(1).clamp_min(1), same.any(1))
-    return over_pairs(cosines, formula)
+
+    def __init__(self, tau=0.1):
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, x, y):
+        s = cosines(x)
+        same, other = same_and_other(y)
+        total = lse_where(s / self.tau, same | other)
+        log_p = s / self.tau - total[:, None]
+        each = -(log_p * same).sum(1) / same.sum(1).clamp_min(1)
+        return mean_where(each, same.any(1))
 
 
-def circle(self, gamma=80.0, m=0.4):
+class Circle(nn.Module):
     """Circle loss on pairs: softplus(LSE_n gamma [s_n+m]+ (s_n-m) + LSE_p -gamma [1+m-s_p]+ (s_p-(1-m))).
     LSE_n and LSE_p are the log-sum-exp of an anchor's pairs with others and with itself. Sun et al. 2020, 2002.10857.
     (The course write-up prints the positive term without the minus before gamma; that would push genuine pairs
     apart.) The weights [.]+ carry no gradient. gamma=256, m=0.25 for large batches."""
-    def formula(s, same, other):
-        negative = lse_where(gamma * (s.detach() + m).relu() * (s - m), other)
-        positive = lse_where(-gamma * (1 + m - s.detach()).relu() * (s - (1 - m)), same)
-        return mean_where(F.softplus(negative + positive), same.any(1) & other.any(1))
-    return over_pairs(cosines, formula)
 
+    def __init__(self, gamma=80.0, m=0.4):
+        super().__init__()
+        self.gamma, self.m = gamma, m
 
-def multisim(self, alpha=2.0, beta=50.0, base=0.5):
-    """Multi-similarity: ln(1 + sum_p e^{alpha (base - s_p)})/alpha + ln(1 + sum_n e^{beta (s_n - base)})/beta.
-    s_p, s_n: an anchor's cosines, genuine and impostor. Wang et al. 2019, 1904.06627, without its mining."""
-    a, b = 1 / alpha, 1 / beta
-    return over_pairs(cosines, lambda s, same, other: (a * F.softplus(lse_where(-alpha * (s - base), same))
-                                                       + b * F.softplus(lse_where(beta * (s - base), other))).mean())
-
-
-def siamese(self):
-    """DeepFace's siamese metric: p(same) = sigmoid(b - sum_k w_k |x^1_k - x^2_k|), w >= 0 learned.
-    Taigman et al. 2014, CVPR. Logistic loss, genuine and impostor pairs averaged apart. verify.py --metric learned."""
-    self.axes, self.b = nn.Parameter(torch.zeros(self.dim)), nn.Parameter(torch.tensor(math.sqrt(self.dim)))
-
-    def weighted(x):
-        return 1.4 * F.softplus(self.axes) * unit(x)                    # w = 0.97 at first
-    self.score = lambda a, b: self.b - (weighted(a) - weighted(b)).abs().sum(-1)
-    return over_pairs(lambda x: self.b - torch.cdist(z := weighted(x), z, p=1), lambda logit, same, other: (
-        mean_where(F.softplus(-logit), same) + mean_where(F.softplus(logit), other)))
+    def forward(self, x, y):
+        s, m = cosines(x), self.m
+        same, other = same_and_other(y)
+        negative = self.gamma * (s.detach() + m).relu() * (s - m)
+        weight = (1 + m - s.detach()).relu()
+        positive = -self.gamma * weight * (s - (1 - m))
+        total = lse_where(negative, other) + lse_where(positive, same)
+        return mean_where(F.softplus(total), same.any(1) & other.any(1))
 
 
 # ---- Terms to add to another loss ----------------------------------------------------------------------------
 
-def centres(self, alpha):
-    """Hang running centres (C, D), zero at first, on self. Returns move(x, y) -> each image's centre (B, D) before and
-    after this batch's update c_j -= alpha sum_{i: y=j} (c_j - x_i) / (1 + n_j), with gradient to x; in training it also
-    stores them. The published rule: autograd's own would lack the 1 / (1 + n_j)."""
-    self.register_buffer("c", torch.zeros(self.classes, self.dim))
-
-    def move(x, y):
-        same = (y[:, None] == y).to(x.dtype)
-        n, old = same.sum(1, keepdim=True), self.c[y]
-        if self.training:
-            self.c.index_add_(0, y, alpha * (x.detach() - old) / (1 + n))
-        return old, old + alpha * (same @ x - n * old) / (1 + n)
-    return move
-
-
-def center(self, alpha=0.5):
+class Center(nn.Module):
     """Center loss: mean ||x - c_y||^2 / 2, centres by the published rule (Wen et al. 2016, ECCV).
-    0.003 * center, on raw x, next to ce. No parameters: autograd's gradient of c is not the paper's update."""
-    move = centres(self, alpha)
-    return lambda x, y: (x - move(x.detach(), y)[0]).square().sum(1).mean() / 2
+    0.003 * center, on raw x, next to ce. No parameters: autograd's gradient of c is not the paper's update, it would
+    lack the 1 / (1 + n_j). Centres (C, D) start at zero."""
+
+    def __init__(self, dim, classes, alpha=0.5):
+        super().__init__()
+        self.alpha = alpha
+        self.register_buffer("c", torch.zeros(classes, dim))
+
+    def move(self, x, y):
+        """Each image's centre (B, D) before and after this batch's update c_j -= alpha sum_{i: y=j} (c_j - x_i) /
+        (1 + n_j), with gradient to x. In training the update is stored."""
+        same = (y[:, None] == y).to(x.dtype)
+        n, old = same.sum(1, keepdim=True), self.c[y]                   # n: how many of this class are here
+        if self.training:
+            step = self.alpha * (x.detach() - old) / (1 + n)            # one image's; index_add_ sums them
+            self.c.index_add_(0, y, step)
+        return old, old + self.alpha * (same @ x - n * old) / (1 + n)
+
+    def forward(self, x, y):
+        old = self.move(x.detach(), y)[0]
+        return (x - old).square().sum(1).mean() / 2
 
 
-def center_invariant(self, alpha=0.5):
+class CenterInvariant(Center):
     """Center-invariant: mean (||c_y||^2 - mean_k ||c_k||^2)^2 / 4 gives rare classes the norm of the others.
     Wu et al. 2017, ACM MM. (A lecture prints it without the outer square, which would have no minimum.) x is reached
     through its share in the moved centre. Raw x; 1e-5 * center_invariant, with ce and center."""
-    move = centres(self, alpha)
 
-    def formula(x, y):
+    def forward(self, x, y):
         mean = self.c.square().sum(1).mean()                            # of all classes, before the move
-        return (move(x, y)[1].square().sum(1) - mean).square().mean() / 4
-    return formula
+        moved = self.move(x, y)[1]
+        return (moved.square().sum(1) - mean).square().mean() / 4
 
 
-def range_(self, k=2, alpha=1.0, beta=1.0, m=1.0):
-    """Range loss: alpha sum over people of the harmonic mean of their k largest distances + beta [m - d^2]+.
-    d: the smallest distance of two people's centres. Zhang et al. 2016, 1611.08976. 0.01 * range.
-    For long tails: a person's few farthest pairs count, not all. On unit embeddings, m = 1 is 60 degrees."""
-    def formula(x, y):
-        same, other = same_and_other(y)
-        first = ~same.tril().any(1)                                     # one image stands for each person
-        pairs = first[:, None, None] & (y[:, None] == y)[:, :, None] & same.triu()      # (person, i, j)
-        d = distances(x).where(pairs, 0).flatten(1)
-        d = d.topk(min(k, d.shape[1]), 1)[0]                            # each one's farthest pairs; 0: no pair
-        inverse = (1 / d.where(d > 0, math.inf)).sum(1)
-        intra = ((d > 0).sum(1) / inverse.where(inverse > 0, 1)).sum()
-        share = (y[:, None] == y).to(x.dtype)
-        middle = share @ unit(x) / share.sum(1, keepdim=True)           # own person's centre
-        gap = (middle[:, None] - middle).square().sum(2).masked_fill(~other, 1e4).amin()
-        return alpha * intra + beta * (m - gap).relu()
-    return formula
-
-
-def ring(self, lam=1.0):
+class Ring(nn.Module):
     """Ring loss: lam/2 mean (||x|| - R)^2 pulls norms to a learned R (Zheng et al. 2018, 1803.00130).
     0.01 * ring. R starts at the first batch's mean norm; started at 1, as elsewhere, it collapses the norms."""
-    self.radius = nn.Parameter(torch.tensor(-1.0))
 
-    def formula(x, y):
+    def __init__(self, lam=1.0):
+        super().__init__()
+        self.lam = lam
+        self.radius = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x, y):
         norm = x.norm(dim=1)
         with torch.no_grad():
-            self.radius.copy_(torch.where(self.radius < 0, norm.mean(), self.radius))
-        return lam / 2 * (norm - self.radius).square().mean()
-    return formula
+            start = norm.mean()
+            self.radius.copy_(torch.where(self.radius < 0, start, self.radius))     # without a synchronisation
+        return self.lam / 2 * (norm - self.radius).square().mean()
 
 
-def uniform(self, alpha=0.5):
+class Uniform(Center):
     """UniformFace: mean over pairs of images of two people of 1 / (1 + ||c_a - c_b||), centres on the sphere.
     Duan et al. 2019, CVPR. Spreads people evenly, those of the batch: C^2 pairs are too many. With class weights."""
-    move = centres(self, alpha)
-    return lambda x, y: mean_where(1 / (1 + distances(move(unit(x), y)[1])), y[:, None] != y)
+
+    def forward(self, x, y):
+        moved = self.move(unit(x), y)[1]
+        closeness = 1 / (1 + distances(moved))
+        return mean_where(closeness, y[:, None] != y)
 
 
-def regular(self):
+class Regular(nn.Module):
     """RegularFace: mean over classes of the cosine to the nearest other class weight (Zhao et al. 2019, CVPR).
     Acts on the partner's class weights; over the batch's classes, so (B, C), never (C, C). "ce+regular"."""
-    def formula(x, y):
-        w, own = self.head[0].weight[:self.held], self.own(y)           # of subcenter's the first of each class
-        near = Cosines.apply(self.enter(unit(own.rows(w))), w)
-        near = own.add(near, torch.full_like(near[:, :1], -4)).max(1, True)[0]
-        return (every(near) if self.divided else near).max(1)[0].mean()
-    return formula
+
+    def __init__(self):
+        super().__init__()
+        self.partner = []               # [loss with class weights], set by Loss; in a list it is no part of this one
+
+    def forward(self, x, y):
+        head = self.partner[0]
+        w = head.weight[:len(head.weight) // head.k]                    # of subcenter's the first of each class
+        target = head.target(y - head.class_start)
+        own = unit(target.weight_rows(w))
+        cosine = Cosines.apply(head.to_shards(own), w)
+        target.add_(cosine, torch.full_like(cosine[:, :1], -4))         # not the class itself
+        nearest_cosine = cosine.max(1, True)[0]
+        if head.sharded:
+            nearest_cosine = gather_columns(nearest_cosine)
+        return nearest_cosine.max(1)[0].mean()
 
 
-# ---- Several processes: each holds some of the classes ---------------------------------------------------------
+# ---- A part of the classes a step ----------------------------------------------------------------------------
+
+def draw_classes(head, y):
+    """(w, column): the weights of a random part of the classes, with all those of the batch (Partial FC, An et
+    al. 2021, 2010.05222), and where the labels y stand among them."""
+    n = max(round(head.sample * head.classes), len(y))
+    n = min(n, head.classes)
+    draw = torch.rand(head.classes, device=y.device)
+    draw.index_fill_(0, y, 2.0)         # the batch's come first
+    chosen = draw.topk(n)[1].sort()[0]
+    column = torch.searchsorted(chosen, y)
+    if head.sharded:
+        column = column - (chosen < head.class_start).sum()
+        chosen = chosen[head.classes.is_local(chosen)] - head.class_start
+    if not len(chosen):
+        raise ValueError(f"none of the {n} sampled classes fell to process {dist.get_rank()}; use a larger"
+                         " sample= or fewer processes")
+    w = head.weight.unflatten(0, (head.k, -1))[:, chosen]               # (k, n, D)
+    return w.flatten(0, 1), column
+
+
+# ---- Class weights divided among processes -------------------------------------------------------------------
+#
+# Every process calls a loss with the whole batch, (B, D) and (B,), so that pairs, centres and running means
+# are those of one process. Of N processes, number r holds the classes rC/N..(r+1)C/N, given as a Shard, and
+# computes logits (B, C/N). Loss and gradients are those of the undivided head. What all processes have alike
+# enters the divided computation by CopyToShards, and partial results leave it by ReduceSum: Megatron-LM's f
+# and g (1909.08053, section 3).
 
 def all_reduced(x):
-    dist.all_reduce(x := x.clone(memory_format=torch.contiguous_format))
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x)
     return x
 
 
-class Total(torch.autograd.Function):
-    """The sum over processes of a partial result; the gradient to each part is that of the sum."""
-    forward = staticmethod(lambda ctx, x: all_reduced(x))
-    backward = staticmethod(lambda ctx, grad: grad)
+class ReduceSum(torch.autograd.Function):
+    """Sum of a partial result over processes. Forward: all-reduce; backward: identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduced(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
-class Enter(torch.autograd.Function):
-    """A value that all processes have goes into what each computes for its classes; their gradients are summed."""
-    forward = staticmethod(lambda ctx, x: x.view_as(x))
-    backward = staticmethod(lambda ctx, grad: all_reduced(grad))
+class CopyToShards(torch.autograd.Function):
+    """What all processes have goes into what each computes for its classes. Forward: identity; backward: all-reduce."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduced(grad)
 
 
-def every(x):
+def gather_rows(x, start, total):
+    """(total, ...): the rows of all processes; x is ours, from row start on. The gradient to x is that of the sum."""
+    after = total - start - len(x)
+    padding = (0, 0) * (x.ndim - 1) + (start, after)                    # F.pad begins with the last axis
+    return ReduceSum.apply(F.pad(x, padding))
+
+
+def gather_columns(x):
     """(B, N n): the x (B, n) of all N processes, side by side."""
-    n, r = x.shape[1], dist.get_rank()
-    return Total.apply(F.pad(x, (r * n, (dist.get_world_size() - r - 1) * n)))
+    n = x.shape[1]
+    start, total = n * dist.get_rank(), n * dist.get_world_size()
+    return gather_rows(x.T, start, total).T
 
 
-# ---- One expression: "ce+0.003*center:alpha=0.5" -------------------------------------------------------------
-
-BALANCED = (contrastive, double_margin, marginal, triplet, hinge, tse, tpe, npair, supcon, circle, multisim,
-            siamese, range_)                    # of pairs: these want several images a person in the batch
-FORMULAS = {f.__name__.rstrip("_"): f for f in (
-    ce, modified, l2softmax, normface, coco, vmf, adacos, lsoftmax, asoftmax, sphereface, am, cosface, arcface,
-    combined, curricular, subcenter, adaface, magface, elastic, sphereface2, uniface, circle_class, groupface,
-    *BALANCED, center, center_invariant, ring, uniform, regular)}
-
-ALIASES = {"softmax": "ce", "amsoftmax": "am", "angular": "asoftmax", "vggface": "ce", "deepface": "siamese",
-           "deepid2": "ce+0.05*contrastive", "facenet": "triplet:mining=semihard,m=0.2", "npairs": "npair",
-           "centerloss": "ce+0.003*center", "centerinvariant": "ce+0.003*center+1e-5*center_invariant",
-           "rangeloss": "ce+0.01*range", "marginalloss": "ce+marginal", "ringloss": "ce+0.01*ring",
-           "uniformface": "sphereface+uniform", "regularface": "asoftmax+regular"}
-
-CHOICES = {key: {word: word for word in words.split()} for key, words in (
-    ("mining", "all hard semihard"), ("kind", "arc cos"))}
-POSITIVE = {"s", "tau", "gamma", "k", "r", "t", "power", "low", "high", "sample"}      # where 0 makes no sense
-AT_MOST_1 = {"sample", "smooth", "momentum"}
+def shard_bounds(classes, world_size):
+    """Where the classes of each process begin; the last number is the end."""
+    return [classes * rank // world_size for rank in range(world_size + 1)]
 
 
-def edges(classes, processes):
-    """Where each process's classes begin; the last number is the end."""
-    return [classes * r // processes for r in range(processes + 1)]
+class Shard(int):
+    """The number of all classes, where this process holds only those from start to end."""
+
+    def __new__(cls, classes, rank=0, world_size=1):
+        shard = super().__new__(cls, classes)
+        shard.start, shard.end = shard_bounds(classes, world_size)[rank:rank + 2]
+        return shard
+
+    def is_local(self, labels):
+        """Which of these classes this process holds."""
+        return (labels >= self.start) & (labels < self.end)
 
 
-def defaults_of(formula):
-    return {k: p.default for k, p in list(inspect.signature(formula).parameters.items())[1:]}
+class ShardedTarget(Target):
+    """Target where each process has some of the columns; a column outside 0..n-1 is that of another process."""
+
+    def local(self, n):
+        """(Target, is_local (B, 1)): column 0 in place of those that other processes have."""
+        is_local = (self.column >= 0) & (self.column < n)
+        return Target(self.column.where(is_local, 0)), is_local[:, None]
+
+    def own_logit(self, logits):
+        target, is_local = self.local(logits.shape[1])
+        return ReduceSum.apply(target.own_logit(logits).where(is_local, 0))
+
+    def add_(self, logits, more):
+        target, is_local = self.local(logits.shape[1])
+        return target.add_(logits, CopyToShards.apply(more).where(is_local, 0))
+
+    def fill_(self, a, value):
+        target, is_local = self.local(a.shape[1])
+        own = target.own_logit(a).masked_fill_(is_local, value)
+        return a.scatter_(1, target.column[:, None], own)
+
+    def row_sum(self, a):
+        return ReduceSum.apply(a.sum(1, keepdim=True))
+
+    def logsumexp(self, logits):
+        return gather_columns(logits.logsumexp(1, True)).logsumexp(1)
+
+    def weight_rows(self, w):
+        target, is_local = self.local(len(w))
+        return ReduceSum.apply(target.weight_rows(w).where(is_local, 0))
+
+    def cross_entropy(self, logits, smooth=0.0):
+        wanted = self.own_logit(logits)[:, 0]
+        if smooth:
+            n = torch.full_like(wanted, logits.shape[1])
+            total, n = ReduceSum.apply(torch.stack([logits.sum(1), n]))
+            wanted = (1 - smooth) * wanted + smooth * total / n
+        return (self.logsumexp(logits) - wanted).mean()
 
 
-def automatic(formula, classes, images):
+def local_class_rows(head, columns):
+    """Of the initial rows (k C, columns) of class weights those of this process. Drawn in blocks of a multiple of 16
+    numbers, for which torch's generator gives the numbers of one great draw: a class starts alike however many
+    processes there are, and the whole is nowhere in memory."""
+    n, block = head.k * head.classes, 2 ** 16
+    starts = range(0, max(1, n - block + 1), block)
+    parts = []
+    for start in starts:
+        end = n if start == starts[-1] else start + block
+        rows = head.initialise(torch.empty(end - start, columns))
+        class_of_row = torch.arange(start, end) % head.classes
+        parts.append(rows[head.classes.is_local(class_of_row)])
+    return torch.cat(parts)
+
+
+def gather_class_rows(t, k, classes):
+    """On rank 0 the whole rows (k C, ...) of a tensor of which each process has those of its classes."""
+    t = t.detach().cpu().unflatten(0, (k, -1))                          # (k, classes of this process, ...)
+    t = t.contiguous()
+    if dist.get_rank():
+        dist.send(t, 0)
+        return t
+    bounds, parts = shard_bounds(classes, dist.get_world_size()), [t]
+    for rank in range(1, dist.get_world_size()):
+        num_classes = bounds[rank + 1] - bounds[rank]
+        part = t.new_empty(k, num_classes, *t.shape[2:])
+        dist.recv(part, rank)
+        parts.append(part)
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def shard_class_rows(t, k, classes):
+    """Of the whole rows (k C, ...) those of this process's classes."""
+    bounds = shard_bounds(classes, dist.get_world_size())
+    parts = t.unflatten(0, (k, -1)).tensor_split(bounds[1:-1], 1)
+    return parts[dist.get_rank()].flatten(0, 1)
+
+
+# ---- The table -----------------------------------------------------------------------------------------------
+
+# Losses of pairs: these want several images a person in the batch.
+BALANCED = {
+    "contrastive": Contrastive,
+    "double_margin": DoubleMargin,
+    "marginal": Marginal,
+    "triplet": Triplet,
+    "hinge": Hinge,
+    "tse": TSE,
+    "tpe": TPE,
+    "npair": NPair,
+    "supcon": SupCon,
+    "circle": Circle,
+    "multisim": MultiSimilarity,
+    "siamese": Siamese,
+    "range": Range,
+}
+
+# In the order of --loss help and of README.md.
+LOSSES = {
+    "ce": CrossEntropy,
+    "modified": Modified,
+    "l2softmax": L2Softmax,
+    "normface": NormFace,
+    "coco": COCO,
+    "vmf": VMF,
+    "adacos": AdaCos,
+    "lsoftmax": LSoftmax,
+    "asoftmax": ASoftmax,
+    "sphereface": SphereFace,
+    "am": AMSoftmax,
+    "cosface": CosFace,
+    "arcface": ArcFace,
+    "combined": Combined,
+    "curricular": Curricular,
+    "subcenter": SubCenter,
+    "adaface": AdaFace,
+    "magface": MagFace,
+    "elastic": ElasticFace,
+    "sphereface2": SphereFace2,
+    "uniface": UniFace,
+    "circle_class": CircleClass,
+    "groupface": GroupFace,
+    **BALANCED,
+    "center": Center,
+    "center_invariant": CenterInvariant,
+    "ring": Ring,
+    "uniform": Uniform,
+    "regular": Regular,
+}
+
+# Other names and recipes. A recipe of several terms takes no arguments.
+ALIASES = {
+    "softmax": "ce",
+    "amsoftmax": "am",
+    "angular": "asoftmax",
+    "vggface": "ce",
+    "deepface": "siamese",
+    "deepid2": "ce+0.05*contrastive",
+    "facenet": "triplet:mining=semihard,m=0.2",
+    "npairs": "npair",
+    "centerloss": "ce+0.003*center",
+    "centerinvariant": "ce+0.003*center+1e-5*center_invariant",
+    "rangeloss": "ce+0.01*range",
+    "marginalloss": "ce+marginal",
+    "ringloss": "ce+0.01*ring",
+    "uniformface": "sphereface+uniform",
+    "regularface": "asoftmax+regular",
+}
+
+
+def default_scale_and_margin(cls, classes, images):
     """s and m for so many classes and training images, where an expression leaves them open. The published 64 and 0.5
     suit 10,000 people and more; 200 people ended at 6.8 % EER with them, at 3.6 % with these (README). s: four times
     sqrt 2 ln(C - 1), the least that works by AdaCos, up to 64: 30 for 200, 51 for 8,631. m of the angular margins: 0.3
     below 10,000. With fewer than five images a person, which are soon learned by heart, both are at most half of
     that: 3,318 people with 2.1 images ended at 18.1 % with s = 46, m = 0.3 and at 15.7 % with s = 20, m = 0.15."""
-    few, least = images < 5 * classes, math.sqrt(2) * math.log(max(classes - 1, 3))
-    usual = 0.35 if formula is cosface else 0.5 if classes >= 10_000 else 0.3
-    return {"s": round(min(64.0, (1.75 if few else 4) * least), 1), "m": 0.15 if few else usual}
+    factor, m = 4, 0.5
+    if classes < 10_000:
+        m = 0.3
+    if cls is CosFace:
+        m = 0.35
+    if images < 5 * classes:            # few images a person
+        factor, m = 1.75, 0.15
+    least = math.sqrt(2) * math.log(max(classes - 1, 3))
+    s = min(64.0, factor * least)
+    return {"s": round(s, 1), "m": m}
 
 
-LOSSES = {name: functools.partial(Term, formula) for name, formula in FORMULAS.items()}
-
+# ---- One expression: "ce+0.003*center:alpha=0.5" -------------------------------------------------------------
 
 class Loss(nn.Module):
-    """A weighted sum of terms, (weight, Term, text) each: (embeddings (B, D), labels (B,)) -> scalar.
+    """A weighted sum of terms, (weight, module, text) each: (embeddings (B, D), labels (B,)) -> scalar.
     spec: the expression, aliases expanded. balanced: a term wants several images a person in the batch.
     weight (C, D) and logits(x) -> (B, C), margin-free: those of the first term with class weights, or None; where
     classes are divided, of the classes held here. top(x, k) -> (B, k): the numbers of the k best of all classes.
     project(x): the embedding to use at inference. score(a, b): a learned similarity, or None.
-    expected(): the sum at random initialisation, None where no closed form is known."""
+    rows_per_class: {name in state_dict: k} of the parameters that have k rows a class and are divided by shard."""
 
     def __init__(self, terms):
         super().__init__()
-        self.scales, each, texts = zip(*terms)
-        self.spec, self.terms = "+".join(texts), nn.ModuleList(each)
-        self.balanced = any(t.loss in BALANCED for t in self.terms)
-        self.score = next((t.score for t in self.terms if t.score), None)
-        self.projections = [t.project for t in self.terms if t.project]
+        self.factors, modules, texts = zip(*terms)
+        self.spec, self.terms = "+".join(texts), nn.ModuleList(modules)
+        self.balanced = any(type(term) in BALANCED.values() for term in modules)
+        # In plain lists: an attribute that is a module would be registered and saved a second time.
+        self.heads = [term for term in modules if isinstance(term, ClassWeights)]
+        self.metrics = [term for term in modules if hasattr(term, "score")]
+        self.projections = [term for term in modules if hasattr(term, "project")]
+        self.has_projection = bool(self.projections)
         if len(self.projections) > 1:
             raise ValueError(f"{self.spec}: two of these losses change the embedding, each its own way; use one")
-        self.head = [next((t for t in self.terms if t.weight is not None), None)]       # in a list: not registered
-        for t in self.terms:
-            t.head = self.head
-            if t.loss is regular and not self.head[0]:
-                raise ValueError("regular acts on another loss's class weights; write for example ce+regular")
+        for term in modules:
+            if isinstance(term, Regular):
+                term.partner = self.heads
+                if not self.heads:
+                    raise ValueError("regular acts on another loss's class weights; write for example ce+regular")
 
-    weight = property(lambda self: self.head[0].weight if self.head[0] else None)
+    @property
+    def rows_per_class(self):
+        rows = {}
+        for i, term in enumerate(self.terms):
+            if term in self.heads and term.sharded:
+                rows |= {f"terms.{i}.{name}": term.k for name in term.class_parameters}
+        return rows
 
-    def wide(self, x):
-        return x if x.dtype == torch.float64 else x.float()
+    @property
+    def weight(self):
+        return self.heads[0].weight if self.heads else None
+
+    @property
+    def score(self):
+        return self.metrics[0].score if self.metrics else None
 
     def project(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return self.projections[0](self.wide(x)) if self.projections else self.wide(x)
+        project = self.projections[0].project if self.projections else nn.Identity()
+        return self.in_float32(project, x)
 
     def logits(self, x):
-        if not self.head[0]:
+        if not self.heads:
             raise ValueError(f"{self.spec} has no class weights, so no logits; use the nearest centroid")
+        return self.in_float32(self.heads[0].logits, x)
+
+    def in_float32(self, f, x):
         with torch.autocast(x.device.type, enabled=False):
-            return self.head[0].logits(self.wide(x))
+            return f(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def top(self, x, k):
-        head = self.head[0]
-        best, number = self.logits(x).topk(min(k, head.held), 1)
-        if head.divided:
-            pad = (0, k - best.shape[1])                                # a process may hold fewer than k
-            best, number = every(F.pad(best, pad, value=-math.inf)), every(F.pad(number + head.first, pad))
+        logits, head = self.logits(x), self.heads[0]
+        best, number = logits.topk(min(k, logits.shape[1]), 1)
+        if head.sharded:
+            padding = (0, k - best.shape[1])                            # a process may hold fewer than k
+            best = gather_columns(F.pad(best, padding, value=-math.inf))
+            number = gather_columns(F.pad(number + head.class_start, padding))
             number = number.gather(1, best.topk(k, 1)[1])
         return number
 
     def expected(self):
-        each = [t.expected for t in self.terms]
-        return None if None in each else sum(s * e for s, e in zip(self.scales, each))
+        """The sum at random initialisation, None where no closed form is known."""
+        each = [getattr(term, "expected", None) for term in self.terms]
+        return None if None in each else sum(f * e for f, e in zip(self.factors, each))
 
     def forward(self, x, y):
+        total = 0
         with torch.autocast(x.device.type, enabled=False):
-            return sum(scale * term(self.wide(x), y) for scale, term in zip(self.scales, self.terms))
+            for factor, term in zip(self.factors, self.terms):
+                # Each term converts x for itself, so gradients of several terms add up in the backbone's type.
+                x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+                total = total + factor * term(x32, y)
+        return total
+
+
+def arguments_of(cls):
+    """{argument: default} of a loss, as expressions give them."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("dim", "classes")}
 
 
 def nearest(what, name, known):
@@ -893,71 +1342,109 @@ def nearest(what, name, known):
     return f"unknown {what} '{name}'; {answer}"
 
 
-def value_of(key, text, default):
+CHOICES = {"mining": ["all", "hard", "semihard"], "kind": ["arc", "cos"]}
+POSITIVE = {"s", "tau", "gamma", "k", "r", "t", "power", "low", "high", "sample"}      # where 0 makes no sense
+AT_MOST_1 = {"sample", "smooth", "momentum"}
+
+
+def parse_value(key, text, default):
     """The value of key=text, of the default's type. ValueError for one that cannot be meant."""
     kind = float if default is None else type(default)
-    words = {"true": True, "1": True, "false": False, "0": False} if kind is bool else CHOICES.get(key)
+    words = CHOICES.get(key, [kind.__name__])
     try:
-        if words:
-            return words[text.lower()]
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is str:
+            return words[words.index(text.lower())]
         value = kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{key}={text}: expected {' or '.join(CHOICES.get(key, [kind.__name__]))}") from None
-    top = 1 if key in AT_MOST_1 else math.inf
-    if not 0 <= value <= top or value == math.inf or value == 0 and key in POSITIVE and default != 0:
-        raise ValueError(f"{key}={text}: must be " + ("in 0..1" if top == 1 else "finite and positive"
-                                                      if key in POSITIVE else "finite and 0 or more"))
+        raise ValueError(f"{key}={text}: expected {' or '.join(words)}") from None
+    highest, wanted = math.inf, "finite and 0 or more"
+    if key in POSITIVE:
+        wanted = "finite and positive"
+    if key in AT_MOST_1:
+        highest, wanted = 1, "in 0..1"
+    wrong_zero = value == 0 and key in POSITIVE and default != 0
+    if wrong_zero or value == math.inf or not 0 <= value <= highest:
+        raise ValueError(f"{key}={text}: must be {wanted}")
     return value
 
 
-def written(name, arguments):
-    return ":".join(filter(None, [name, ",".join(f"{k}={v}" for k, v in arguments.items())]))
+def parse_arguments(name, text):
+    """{argument: value} of "key=value,key=value" for the loss of this name."""
+    known, given = arguments_of(LOSSES[name]), {}
+    for pair in filter(None, text.split(",")):
+        key, equals, value = pair.partition("=")
+        if not known:
+            raise ValueError(f"{name}: takes no arguments, not '{pair}'")
+        if key not in known or not equals:
+            raise ValueError(f"{name}: {nearest('argument', key, list(known))}")
+        if key in given:
+            raise ValueError(f"{name}: {key} is given twice")
+        given[key] = parse_value(key, value, known[key])
+    return given
 
 
-def term_of(part, dim, classes, share, images):
-    """(weight, Term, its text) of one part of an expression: [weight*]name[:key=value,key=value]."""
+def format_spec(name, arguments):
+    text = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return f"{name}:{text}" if text else name
+
+
+def parse_term(part, dim, classes, images):
+    """(weight, module, its text) of one part of an expression: [weight*]name[:key=value,key=value]."""
     match = re.fullmatch(r"(?:([0-9.eE+-]+)\*)?([A-Za-z]\w*)(?::(.*))?", part)
     if not match:
         raise ValueError(f"cannot read loss '{part}'; write [weight*]name[:key=value,key=value]")
-    scale, name, rest = match.groups("")
-    alias = ALIASES.get(name := name.lower())
-    name = alias if alias in LOSSES else name
+    weight, name, text = match.groups("")
+    alias = ALIASES.get(name.lower())
+    name = alias if alias in LOSSES else name.lower()
+    if name in ALIASES:
+        raise ValueError(f"'{name}' stands for '{alias}'; write that to change its weights or arguments")
     if name not in LOSSES:
-        raise ValueError(f"'{name}' stands for '{alias}'; write that to change its weights or arguments"
-                         if alias else nearest("loss", name, [*LOSSES, *ALIASES]))
-    defaults, given = defaults_of(FORMULAS[name]), {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, text = pair.partition("=")
-        if not defaults:
-            raise ValueError(f"{name}: takes no arguments, not '{pair}'")
-        if key not in defaults or not equals:
-            raise ValueError(f"{name}: {nearest('argument', key, list(defaults))}")
-        if key in given:
-            raise ValueError(f"{name}: {key} is given twice")
-        given[key] = value_of(key, text, defaults[key])
+        raise ValueError(nearest("loss", name, [*LOSSES, *ALIASES]))
+    cls, given = LOSSES[name], parse_arguments(name, text)
+    values = default_scale_and_margin(cls, classes, images)
+    arguments = {key: values[key] for key, default in arguments_of(cls).items() if default is None}
+    arguments |= given
+    values |= {"dim": dim, "classes": classes}
+    # Losses of pairs know neither dimension nor classes.
+    needed = inspect.signature(cls).parameters.keys() & {"dim", "classes"}
+    sizes = {key: values[key] for key in needed}
+    # What is wrong for a formula shows as a division by zero or a logarithm of zero.
     try:
-        factor, term = float(scale or 1), LOSSES[name](dim, classes, share, images, **given)
+        factor, module = float(weight or 1), cls(**sizes, **arguments)
     except (ValueError, ArithmeticError):
         raise ValueError(f"{part}: no loss can be made of these numbers") from None
     if not 0 <= factor < math.inf:
         raise ValueError(f"{part}: the weight must be finite and 0 or more")
-    return factor, term, f"{scale}*" * bool(scale) + written(name, term.arguments)
+    prefix = f"{weight}*" if weight else ""
+    return factor, module, prefix + format_spec(name, arguments)
 
 
-def make(spec, dim, classes, share=(0, 1), images=math.inf):
-    """The loss module of an expression: term ('+' term)*, or a recipe's name among them. share: (process, processes)
-    that class weights are divided among. images: how many there are to train on, for automatic arguments. A mistake is
-    a ValueError of one line, with the nearest right name."""
+def make(spec, dim, classes, shard=(0, 1), images=math.inf):
+    """The Loss of an expression: term ('+' term)*, or a recipe's name among them. shard = (rank, world_size): hold only
+    this process's part of the class weights. images: how many there are to train on, for automatic arguments. A mistake
+    is a ValueError of one line, with the nearest right name."""
+    rank, world_size = shard
+    if world_size > 1:
+        classes = Shard(classes, rank, world_size)
     plus = re.compile(r"(?<![0-9.][eE])\+")                             # not the plus of 1e+3
-    parts = [p for s in plus.split("".join(spec.split())) for p in plus.split(ALIASES.get(s.lower(), s))]
-    return Loss([term_of(part, dim, classes, share, images) for part in parts])
+    spec = "".join(spec.split())                                        # without spaces
+    recipes = [ALIASES.get(part.lower(), part) for part in plus.split(spec)]
+    parts = plus.split("+".join(recipes))
+    return Loss([parse_term(part, dim, classes, images) for part in parts])
 
 
 def table():
     """The text of --loss help: names, default arguments, the first line of each docstring, recipes."""
-    usage = {n: written(n, {k: "auto" if v is None else v for k, v in defaults_of(f).items()})
-             for n, f in FORMULAS.items()}
-    return "\n".join(["losses (a sum: 'ce+0.003*center', arguments: 'arcface:s=32,m=0.3')",
-                      *(f"  {usage[n]:<62} {f.__doc__.splitlines()[0]}" for n, f in FORMULAS.items()), "recipes",
-                      *(f"  {n:<20} = {e}" for n, e in ALIASES.items()),
-                      "facenet wants --dim 128; tse and tpe want --init CKPT --freeze"])
+    lines = ["losses (a sum: 'ce+0.003*center', arguments: 'arcface:s=32,m=0.3')"]
+    for name, cls in LOSSES.items():
+        arguments = arguments_of(cls)
+        for key, default in arguments.items():
+            if default is None:
+                arguments[key] = "auto"
+        lines.append(f"  {format_spec(name, arguments):<62} {cls.__doc__.splitlines()[0]}")
+    lines.append("recipes")
+    lines += [f"  {name:<20} = {expression}" for name, expression in ALIASES.items()]
+    lines.append("facenet wants --dim 128; tse and tpe want --init CKPT --freeze")
+    return "\n".join(lines)

@@ -2,23 +2,25 @@
 
     model = models.make("iresnet50", dim=512, size=112)   # (B,3,112,112) float -> (B,512), not normalised
     print(models.table())                                 # name, parameters, multiply-adds, description
-    quick = models.fold(model)                            # batch norms folded away, for inference
+    folded = models.fold(model)                           # batch norms folded away, for inference
 
-A network is a trunk, the published layers up to the last feature map, and a neck, which turns that map into
-the embedding. The file runs from the blocks, written once, through the families, oldest idea first, to make,
-macs, table and fold. A family is a table of depths and widths and a function of (variant, dim, size).
+A network is a trunk and a neck. The trunk is the published layers up to the last feature map; the neck turns
+that map into the embedding. The file begins with the blocks that families share, goes through the families,
+oldest idea first, and ends with what the other scripts call: make, macs, table, fold, synchronise_batch_norms.
+A family is a table of depths and widths and a function of (variant, dim, size).
 
-Three rules hold throughout. Modules are registered in the order in which they run: torchvision's weights fit
-by position, and fold can tell from the order alone which batch norm follows which layer. Trunks are fully
-convolutional, and a neck that flattens its map first pools it to the side it was built for, so a network also
-runs on other sizes than its own (training may start on small images). What is random in training, dropout and
-drop-path, draws from torch's global generator and keeps no state: seeding that generator seeds the step.
+Three rules hold throughout. Modules are registered in the order in which they run: so torchvision's weights fit
+by position, and fold sees from the order alone which batch norm follows which layer. Trunks are fully
+convolutional, and a neck that flattens its map first pools it to the side it was built for: so a network also
+runs on other sizes than its own (training may start on small images). Dropout and drop-path draw from torch's
+global generator and keep no state: so seeding that generator seeds the step.
 
 Counts in the docstrings are of the network as published, with its ImageNet head where it has one; a MAC is
 one multiply-add of a convolution or linear layer. The test suite recomputes them.
 """
 import copy
 import difflib
+import itertools
 from functools import partial
 
 import torch
@@ -31,15 +33,19 @@ from torch.utils.flop_counter import FlopCounterMode
 # ------------------------------------------------------------------------------------- blocks and necks
 
 class FaceNet(nn.Module):
-    """Trunk and neck. An image too small for the trunk is enlarged, here and nowhere else."""
+    """Trunk and neck: images (B, 3, H, H) -> embeddings (B, dim). Images below smallest pixels are enlarged."""
+
+    folded = False                                          # fold() sets it on its copy, and so works once
 
     def __init__(self, trunk, neck, smallest=1):
         super().__init__()
-        self.trunk, self.neck, self.smallest = nn.Sequential(*trunk), nn.Sequential(*neck), smallest
+        self.trunk = nn.Sequential(*trunk)
+        self.neck = nn.Sequential(*neck)
+        self.smallest = smallest
 
     def forward(self, x):
         if x.shape[-1] < self.smallest:
-            x = F.interpolate(x, size=(self.smallest, self.smallest), mode="bilinear")
+            x = F.interpolate(x, size=self.smallest, mode="bilinear")
         return self.neck(self.trunk(x))
 
 
@@ -48,12 +54,13 @@ class Residual(nn.Module):
 
     def __init__(self, body, shortcut=(), act=None):
         super().__init__()
-        self.body, self.shortcut = nn.Sequential(*body), nn.Sequential(*shortcut)
+        self.body = nn.Sequential(*body)
+        self.shortcut = nn.Sequential(*shortcut)            # empty: the identity
         self.act = act or nn.Identity()
 
     def forward(self, x):
         y = self.body(x)
-        y += self.shortcut(x)
+        y += self.shortcut(x)                               # in place: saves a map's memory
         return self.act(y)
 
 
@@ -66,64 +73,89 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels)
 
     def forward(self, x):
-        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))         # (B,C)
-        return x * gate[:, :, None, None]
+        means = x.mean((2, 3))                              # (B,C)
+        hidden = F.relu(self.squeeze(means))                # (B,C/16)
+        gate = torch.sigmoid(self.excite(hidden))           # (B,C)
+        return x * gate[..., None, None]
 
 
-class Fit(nn.AdaptiveAvgPool2d):
+class PoolTo(nn.AdaptiveAvgPool2d):
     """Average-pools a map to side x side; a map of that side passes untouched."""
 
     def forward(self, x):
-        return x if x.shape[-1] == self.output_size else super().forward(x)
+        if x.shape[-1] == self.output_size:
+            return x
+        return super().forward(x)
 
 
 def conv_bn(cin, cout, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
     """Convolution, batch norm and, unless act is None, activation, as a list of layers."""
-    layers = [nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False),
-              nn.BatchNorm2d(cout, eps)]
-    if act:
-        layers.append(act(cout) if act is nn.PReLU else act(inplace=True))
+    conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+    layers = [conv, nn.BatchNorm2d(cout, eps)]
+    if act is nn.PReLU:
+        layers.append(act(cout))                            # a slope for each channel
+    elif act:
+        layers.append(act(inplace=True))
     return layers
+
+
+def conv_relu(cin, cout, kernel=3):
+    """Convolution with bias and ReLU, as a list of layers: how networks were before batch norm (2015)."""
+    return [nn.Conv2d(cin, cout, kernel, padding=kernel // 2), nn.ReLU(True)]
 
 
 def stages(block, cin, rows):
     """For each row (cout, depth, stride, ...): depth blocks to cout channels, the first one with stride."""
     layers = []
-    for cout, depth, first, *more in rows:
-        for stride in [first] + [1] * (depth - 1):
-            layers.append(block(cin, cout, stride, *more))
-            cin = cout
+    for cout, depth, stride, *options in rows:
+        for _ in range(depth):
+            layers.append(block(cin, cout, stride, *options))
+            cin, stride = cout, 1
     return layers
 
 
-def flat_neck(channels, dim, side, norm=()):
+def map_side(size, stride):
+    """Side of the feature map of images of size pixels where each halving rounds up; stride is 2^halvings."""
+    return -(-size // stride)
+
+
+def linear_neck(channels, side, dim, bias=True):
+    """The flattened map and a linear layer."""
+    return [PoolTo(side), nn.Flatten(), nn.Linear(channels * side * side, dim, bias)]
+
+
+def flat_neck(channels, dim, side, max_side=4):
     """The flattened map, linear, batch norm: the neck of the ImageNet families, side the map's side.
 
     A face is aligned, so a place of the map means a part of the face; the global average of the published
     heads throws that away. Measured on synthetic faces, 5 epochs: EER 4.0 % flattened, 7.6 % with
-    MobileFaceNet's depthwise filter, 26 % averaged. More than 512 channels are first narrowed, more than
-    4 x 4 places averaged, which bounds the layer at 4.2M parameters for 512-d. The batch norm centres the
-    embedding.
+    MobileFaceNet's depthwise filter, 26 % averaged. More than 512 channels are first narrowed, and more than
+    max_side x max_side places averaged: with 4 x 4 the layer has at most 4.2M parameters for 512-d. The batch
+    norm centres the embedding.
     """
-    narrow = conv_bn(channels, 512, 1, act=None) if channels > 512 else []
-    side, width = max(1, min(side, 4)), min(channels, 512)
-    return [*norm, *narrow, Fit(side), nn.Flatten(), nn.Linear(width * side * side, dim, bias=False),
-            nn.BatchNorm1d(dim)]
+    layers = []
+    if channels > 512:
+        layers = conv_bn(channels, 512, 1, act=None)
+        channels = 512
+    side = max(1, min(side, max_side))
+    layers += linear_neck(channels, side, dim, bias=False)
+    return layers + [nn.BatchNorm1d(dim)]
 
 
 def initialise(layers, rule):
     """Apply rule to the weights of all convolutions and linear layers, zero their biases; returns layers."""
     for module in nn.ModuleList(layers).modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:
-            rule(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or module.weight.is_meta:
+            continue                                        # on the meta device there are no values to draw
+        rule(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     return layers
 
 
-he = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")    # arXiv 1502.01852, section 2.2
-xavier = partial(nn.init.kaiming_uniform_, nonlinearity="linear")             # as in Caffe: variance 1/fan_in
-small = partial(nn.init.normal_, std=0.01)
+he_normal = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")   # arXiv 1502.01852, section 2.2
+xavier_uniform = partial(nn.init.kaiming_uniform_, nonlinearity="linear")           # as in Caffe: variance 1/fan_in
+normal_001 = partial(nn.init.normal_, std=0.01)
 
 
 # ------------------------------------------------------------------------- before the residual networks
@@ -135,12 +167,12 @@ def lenetpp(dim, size):
     """
     layers, cin = [], 3
     for width in (32, 64, 128):
-        layers += [nn.Conv2d(cin, width, 5, padding=2), nn.PReLU(width),
-                   nn.Conv2d(width, width, 5, padding=2), nn.PReLU(width), nn.MaxPool2d(2, ceil_mode=True)]
+        layers += [nn.Conv2d(cin, width, 5, padding=2), nn.PReLU(width)]
+        layers += [nn.Conv2d(width, width, 5, padding=2), nn.PReLU(width)]
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
         cin = width
-    side = -(-size // 8)
-    neck = [Fit(side), nn.Flatten(), nn.Linear(128 * side * side, dim)]
-    return FaceNet(initialise(layers, xavier), initialise(neck, xavier))
+    neck = linear_neck(128, map_side(size, 8), dim)
+    return FaceNet(initialise(layers, xavier_uniform), initialise(neck, xavier_uniform))
 
 
 def alexnet(dim, size):
@@ -150,12 +182,12 @@ def alexnet(dim, size):
     paper draws weights from N(0, 0.01), fit for pixels up to 255; He's rule fits inputs near 1. The trunk
     shrinks fewer than 63 pixels to nothing, so smaller images are enlarged to 63.
     """
-    layers = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2),
-              nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(3, 2),
-              nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(True),
-              nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(True),
-              nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(3, 2)]
-    return FaceNet(initialise(layers, he), flat_neck(256, dim, (size - 63) // 32 + 1), smallest=63)
+    layers = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2)]
+    layers += conv_relu(64, 192, 5) + [nn.MaxPool2d(3, 2)]
+    layers += conv_relu(192, 384) + conv_relu(384, 256) + conv_relu(256, 256)
+    layers.append(nn.MaxPool2d(3, 2))
+    side = (size - 63) // 32 + 1
+    return FaceNet(initialise(layers, he_normal), flat_neck(256, dim, side), smallest=63)
 
 
 VGG = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
@@ -170,17 +202,25 @@ def vgg(variant, dim, size):
     layers, cin = [], 3
     for width, depth in zip((64, 128, 256, 512, 512), VGG[variant]):
         for _ in range(depth):
-            layers += [nn.Conv2d(cin, width, 3, padding=1), nn.ReLU(True)]
+            layers += conv_relu(cin, width)
             cin = width
         layers.append(nn.MaxPool2d(2))
-    return FaceNet(initialise(layers, he), flat_neck(512, dim, size // 32))
+    return FaceNet(initialise(layers, he_normal), flat_neck(512, dim, size // 32))
 
 
 GOOGLENET = (               # Inception: 1x1; reduce, 3x3; reduce, "5x5"; after the pool. A number: max-pool
-    3, (64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64),
-    3, (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64),
-    (112, 144, 288, 32, 64, 64), (256, 160, 320, 32, 128, 128),
-    2, (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
+    3,
+    (64, 96, 128, 16, 32, 32),
+    (128, 128, 192, 32, 96, 64),
+    3,
+    (192, 96, 208, 16, 48, 64),
+    (160, 112, 224, 24, 64, 64),
+    (128, 128, 256, 24, 64, 64),
+    (112, 144, 288, 32, 64, 64),
+    (256, 160, 320, 32, 128, 128),
+    2,
+    (256, 160, 320, 32, 128, 128),
+    (384, 192, 384, 48, 128, 128))
 
 
 class Inception(nn.Module):
@@ -189,11 +229,13 @@ class Inception(nn.Module):
     def __init__(self, cin, one, reduce3, three, reduce5, five, pool):
         super().__init__()
         conv = partial(conv_bn, eps=1e-3)
-        self.branches = nn.ModuleList(nn.Sequential(*layers) for layers in (
+        branches = (
             conv(cin, one, 1),
             conv(cin, reduce3, 1) + conv(reduce3, three),
             conv(cin, reduce5, 1) + conv(reduce5, five),
-            [nn.MaxPool2d(3, 1, 1)] + conv(cin, pool, 1)))
+            [nn.MaxPool2d(3, 1, 1)] + conv(cin, pool, 1))
+        self.branches = nn.ModuleList(nn.Sequential(*layers) for layers in branches)
+        self.channels = one + three + five + pool
 
     def forward(self, x):
         return torch.cat([branch(x) for branch in self.branches], 1)
@@ -204,25 +246,28 @@ def googlenet(dim, size):
     the paper has 5x5, and without the auxiliary classifiers. 6,624,904 parameters, 1.50G MACs at 224.
     """
     conv = partial(conv_bn, eps=1e-3)
-    layers = conv(3, 64, 7, 2) + [nn.MaxPool2d(3, 2, ceil_mode=True)] + conv(64, 64, 1) + conv(64, 192)
+    layers = conv(3, 64, 7, 2) + [nn.MaxPool2d(3, 2, ceil_mode=True)]
+    layers += conv(64, 64, 1) + conv(64, 192)
     cin = 192
     for row in GOOGLENET:
         if isinstance(row, int):
             layers.append(nn.MaxPool2d(row, 2, ceil_mode=True))
         else:
             layers.append(Inception(cin, *row))
-            cin = row[0] + row[2] + row[4] + row[5]
-    return FaceNet(initialise(layers, he), flat_neck(cin, dim, ((size + 1) // 16 + 1) // 2))
+            cin = layers[-1].channels
+    side = ((size + 1) // 16 + 1) // 2                      # pools that round up may drop a last column
+    return FaceNet(initialise(layers, he_normal), flat_neck(cin, dim, side))
 
 
 class MaxFeatureMap(nn.Module):
     """The larger of the two halves of the channels: an activation by competition."""
 
     def forward(self, x):
-        return torch.maximum(*x.chunk(2, 1))                        # (B,2C,...) -> (B,C,...)
+        one, other = x.chunk(2, 1)
+        return torch.maximum(one, other)                    # (B,2C,...) -> (B,C,...)
 
 
-LIGHTCNN = {9: (0, 0, 0, 0), 29: (1, 2, 3, 4)}                      # residual blocks before each widening
+LIGHTCNN = {9: (0, 0, 0, 0), 29: (1, 2, 3, 4)}              # residual blocks before each widening
 
 
 def lightcnn(variant, dim, size):
@@ -237,42 +282,54 @@ def lightcnn(variant, dim, size):
         return [nn.Conv2d(cin, 2 * cout, kernel, padding=kernel // 2), MaxFeatureMap()]
 
     layers = mfm(3, 48, 5) + [nn.MaxPool2d(2, ceil_mode=True)]
-    for depth, cin, cout in zip(LIGHTCNN[variant], (48, 96, 192, 128), (96, 192, 128, 128)):
-        layers += [Residual(mfm(cin, cin, 3) + mfm(cin, cin, 3)) for _ in range(depth)]
+    widths = (48, 96, 192, 128, 128)
+    for depth, cin, cout in zip(LIGHTCNN[variant], widths, widths[1:]):
+        for _ in range(depth):
+            layers.append(Residual(mfm(cin, cin, 3) + mfm(cin, cin, 3)))
         layers += mfm(cin, cin, 1) + mfm(cin, cout, 3)
         if cin != 192:
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
-    side = -(-size // 16)
-    neck = [Fit(side), nn.Flatten(), nn.Linear(128 * side * side, 2 * dim), MaxFeatureMap()]
+    neck = linear_neck(128, map_side(size, 16), 2 * dim) + [MaxFeatureMap()]
     for layer in layers + neck:
-        initialise([layer], small if isinstance(layer, Residual) else xavier)
+        rule = xavier_uniform
+        if isinstance(layer, Residual):
+            rule = normal_001
+        initialise([layer], rule)
     return FaceNet(layers, neck)
 
 
 # ----------------------------------------------------------------------------------- residual networks
 
-def project(cin, cout, stride):
-    return conv_bn(cin, cout, 1, stride, act=None) if stride > 1 or cin != cout else []
+def shortcut(cin, cout, stride):
+    """A projection where the sum's shapes differ, else nothing: the identity."""
+    if stride > 1 or cin != cout:
+        return conv_bn(cin, cout, 1, stride, act=None)
+    return []
 
 
-def gate(channels, se):
-    return [SqueezeExcite(channels)] if se else []
-
-
-def basic(cin, cout, stride, se):
-    body = conv_bn(cin, cout, 3, stride) + conv_bn(cout, cout, act=None) + gate(cout, se)
-    return Residual(body, project(cin, cout, stride), nn.ReLU(True))
+def basic(cin, cout, stride, se=False):
+    body = conv_bn(cin, cout, 3, stride) + conv_bn(cout, cout, act=None)
+    if se:
+        body.append(SqueezeExcite(cout))
+    return Residual(body, shortcut(cin, cout, stride), nn.ReLU(True))
 
 
 def bottleneck(cin, cout, stride, se):
     """The stride is in the 3x3, as in torchvision; the paper has it in the first 1x1."""
     width = cout // 4
-    body = conv_bn(cin, width, 1) + conv_bn(width, width, 3, stride) + conv_bn(width, cout, 1, act=None)
-    return Residual(body + gate(cout, se), project(cin, cout, stride), nn.ReLU(True))
+    body = conv_bn(cin, width, 1) + conv_bn(width, width, 3, stride)
+    body += conv_bn(width, cout, 1, act=None)
+    if se:
+        body.append(SqueezeExcite(cout))
+    return Residual(body, shortcut(cin, cout, stride), nn.ReLU(True))
 
 
-RESNET = {18: (basic, 64, (2, 2, 2, 2)), 34: (basic, 64, (3, 4, 6, 3)), 50: (bottleneck, 256, (3, 4, 6, 3)),
-          101: (bottleneck, 256, (3, 4, 23, 3)), 152: (bottleneck, 256, (3, 8, 36, 3))}
+RESNET = {                                                  # block, width of the first stage, depths
+    18: (basic, 64, (2, 2, 2, 2)),
+    34: (basic, 64, (3, 4, 6, 3)),
+    50: (bottleneck, 256, (3, 4, 6, 3)),
+    101: (bottleneck, 256, (3, 4, 23, 3)),
+    152: (bottleneck, 256, (3, 8, 36, 3))}
 
 
 def resnet(variant, dim, size, se=False):
@@ -282,13 +339,19 @@ def resnet(variant, dim, size, se=False):
     SE-ResNet-101 49.33M (mmpretrain's model list).
     """
     block, width, depths = RESNET[variant]
-    rows = zip((width, 2 * width, 4 * width, 8 * width), depths, (1, 2, 2, 2))
-    stem = conv_bn(3, 64, 7, 2, act=None) + [nn.MaxPool2d(3, 2, 1), nn.ReLU(True)]      # pooled first: fewer to clip
-    layers = stem + stages(partial(block, se=se), 64, rows)
-    return FaceNet(initialise(layers, he), flat_neck(8 * width, dim, -(-size // 32)))
+    layers = conv_bn(3, 64, 7, 2, act=None)
+    layers += [nn.MaxPool2d(3, 2, 1), nn.ReLU(True)]        # pooled first: fewer values to clip
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    layers += stages(partial(block, se=se), 64, zip(widths, depths, (1, 2, 2, 2)))
+    return FaceNet(initialise(layers, he_normal), flat_neck(8 * width, dim, map_side(size, 32)))
 
 
-SPHERE = {4: (0, 0, 0, 0), 10: (0, 1, 2, 0), 20: (1, 2, 4, 1), 36: (2, 4, 8, 2), 64: (3, 8, 16, 3)}
+SPHERE = {                                                  # residual blocks of each stage
+    4: (0, 0, 0, 0),
+    10: (0, 1, 2, 0),
+    20: (1, 2, 4, 1),
+    36: (2, 4, 8, 2),
+    64: (3, 8, 16, 3)}
 
 
 def sphere(variant, dim, size):
@@ -298,21 +361,27 @@ def sphere(variant, dim, size):
     make_spherenet.py; from there too the residual convolutions' missing bias and start from N(0, 0.01).
     """
     def conv(cin, cout, stride, bias, rule):
-        return initialise([nn.Conv2d(cin, cout, 3, stride, 1, bias=bias)], rule) + [nn.PReLU(cout)]
+        layer = nn.Conv2d(cin, cout, 3, stride, 1, bias=bias)
+        return initialise([layer], rule) + [nn.PReLU(cout)]
 
     layers, cin = [], 3
     for width, depth in zip((64, 128, 256, 512), SPHERE[variant]):
-        layers += conv(cin, width, 2, True, xavier)
+        layers += conv(cin, width, 2, True, xavier_uniform)
         for _ in range(depth):
-            layers.append(Residual(conv(width, width, 1, False, small) + conv(width, width, 1, False, small)))
+            body = conv(width, width, 1, False, normal_001)
+            body += conv(width, width, 1, False, normal_001)
+            layers.append(Residual(body))
         cin = width
-    side = -(-size // 16)
-    return FaceNet(layers, initialise([Fit(side), nn.Flatten(), nn.Linear(512 * side * side, dim)], xavier))
+    neck = linear_neck(512, map_side(size, 16), dim)
+    return FaceNet(layers, initialise(neck, xavier_uniform))
 
 
 def face_block(cin, cout, stride, se):
-    body = [nn.BatchNorm2d(cin)] + conv_bn(cin, cout, act=nn.PReLU) + conv_bn(cout, cout, 3, stride, act=None)
-    return Residual(body + gate(cout, se), project(cin, cout, stride))
+    body = [nn.BatchNorm2d(cin)] + conv_bn(cin, cout, act=nn.PReLU)
+    body += conv_bn(cout, cout, 3, stride, act=None)
+    if se:
+        body.append(SqueezeExcite(cout))
+    return Residual(body, shortcut(cin, cout, stride))
 
 
 IRESNET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
@@ -329,26 +398,42 @@ def iresnet(variant, dim, size, se=False):
     """
     rows = zip((64, 128, 256, 512), IRESNET[variant], (2, 2, 2, 2))
     layers = conv_bn(3, 64, act=nn.PReLU) + stages(partial(face_block, se=se), 64, rows)
-    side = -(-size // 16)
-    neck = [Fit(side), nn.BatchNorm2d(512), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512 * side * side, dim),
-            nn.BatchNorm1d(dim)]
+    side = map_side(size, 16)
+    neck = [PoolTo(side), nn.BatchNorm2d(512), nn.Flatten(), nn.Dropout(0.2)]
+    neck += [nn.Linear(512 * side * side, dim), nn.BatchNorm1d(dim)]
     neck[-1].weight.requires_grad_(False)
     return FaceNet(initialise(layers, partial(nn.init.normal_, std=0.1)), neck)
 
 
 # ------------------------------------------------------------------------------------ mobile networks
 
-MOBILENETV2 = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6),                 # width, depth, stride, expansion
-               (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6))
-MOBILEFACENET = ((64, 5, 2, 2), (128, 1, 2, 4), (128, 6, 1, 2), (128, 1, 2, 4), (128, 2, 1, 2))
+MOBILENETV2 = (                                             # width, depth, stride, expansion
+    (16, 1, 1, 1),
+    (24, 2, 2, 6),
+    (32, 3, 2, 6),
+    (64, 4, 2, 6),
+    (96, 3, 1, 6),
+    (160, 3, 2, 6),
+    (320, 1, 1, 6))
+MOBILEFACENET = (                                           # likewise
+    (64, 5, 2, 2),
+    (128, 1, 2, 4),
+    (128, 6, 1, 2),
+    (128, 1, 2, 4),
+    (128, 2, 1, 2))
 
 
 def inverted(cin, cout, stride, expand, act):
     """Widen (1x1), filter each channel (3x3), narrow (1x1, no activation); a sum where shapes agree."""
     width = cin * expand
-    body = conv_bn(cin, width, 1, act=act) if expand > 1 else []
-    body += conv_bn(width, width, 3, stride, groups=width, act=act) + conv_bn(width, cout, 1, act=None)
-    return Residual(body) if stride == 1 and cin == cout else nn.Sequential(*body)
+    body = []
+    if expand > 1:
+        body += conv_bn(cin, width, 1, act=act)
+    body += conv_bn(width, width, 3, stride, groups=width, act=act)
+    body += conv_bn(width, cout, 1, act=None)
+    if stride == 1 and cin == cout:
+        return Residual(body)
+    return nn.Sequential(*body)
 
 
 def mobilenetv2(dim, size):
@@ -356,9 +441,10 @@ def mobilenetv2(dim, size):
 
     3,504,872 parameters, 0.30G MACs at 224 (torchvision).
     """
-    layers = conv_bn(3, 32, 3, 2, act=nn.ReLU6) + stages(partial(inverted, act=nn.ReLU6), 32, MOBILENETV2)
+    layers = conv_bn(3, 32, 3, 2, act=nn.ReLU6)
+    layers += stages(partial(inverted, act=nn.ReLU6), 32, MOBILENETV2)
     layers += conv_bn(320, 1280, 1, act=nn.ReLU6)
-    return FaceNet(initialise(layers, he), flat_neck(1280, dim, -(-size // 32)))
+    return FaceNet(initialise(layers, he_normal), flat_neck(1280, dim, map_side(size, 32)))
 
 
 def mobilefacenet(dim, size):
@@ -368,27 +454,35 @@ def mobilefacenet(dim, size):
     1,003,136 parameters at 112 pixels and 128-d, 995,584 without the slopes of PReLU (the paper: 0.99M);
     0.221G MACs (arXiv 1908.09124 counts 221M).
     """
-    layers = conv_bn(3, 64, 3, 2, act=nn.PReLU) + conv_bn(64, 64, groups=64, act=nn.PReLU)
-    layers += stages(partial(inverted, act=nn.PReLU), 64, MOBILEFACENET) + conv_bn(128, 512, 1, act=nn.PReLU)
-    side = -(-size // 16)
-    neck = [Fit(side), nn.Conv2d(512, 512, side, groups=512, bias=False), nn.BatchNorm2d(512), nn.Flatten(),
-            nn.Linear(512, dim, bias=False), nn.BatchNorm1d(dim)]
-    return FaceNet(initialise(layers, he), neck)
+    layers = conv_bn(3, 64, 3, 2, act=nn.PReLU)
+    layers += conv_bn(64, 64, groups=64, act=nn.PReLU)        # depthwise
+    layers += stages(partial(inverted, act=nn.PReLU), 64, MOBILEFACENET)
+    layers += conv_bn(128, 512, 1, act=nn.PReLU)
+    side = map_side(size, 16)
+    neck = [PoolTo(side), nn.Conv2d(512, 512, side, groups=512, bias=False)]        # (B,512,1,1)
+    neck += [nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512, dim, bias=False), nn.BatchNorm1d(dim)]
+    return FaceNet(initialise(layers, he_normal), neck)
 
 
 # ------------------------------------------------------------------------------------------- ConvNeXt
 
-CONVNEXT = {                                    # depths, width of the first stage, largest drop-path rate
-    "atto": ((2, 2, 6, 2), 40, 0.1), "femto": ((2, 2, 6, 2), 48, 0.1), "pico": ((2, 2, 6, 2), 64, 0.1),
-    "nano": ((2, 2, 8, 2), 80, 0.1), "tiny": ((3, 3, 9, 3), 96, 0.1), "small": ((3, 3, 27, 3), 96, 0.4),
-    "base": ((3, 3, 27, 3), 128, 0.5), "large": ((3, 3, 27, 3), 192, 0.5)}
+CONVNEXT = {                                                # depths, width of the first stage, largest drop-path rate
+    "atto": ((2, 2, 6, 2), 40, 0.1),
+    "femto": ((2, 2, 6, 2), 48, 0.1),
+    "pico": ((2, 2, 6, 2), 64, 0.1),
+    "nano": ((2, 2, 8, 2), 80, 0.1),
+    "tiny": ((3, 3, 9, 3), 96, 0.1),
+    "small": ((3, 3, 27, 3), 96, 0.4),
+    "base": ((3, 3, 27, 3), 128, 0.5),
+    "large": ((3, 3, 27, 3), 192, 0.5)}
 
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of a map; in channels_last memory the permutes move nothing."""
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = super().forward(x.permute(0, 2, 3, 1))          # (B,H,W,C)
+        return y.permute(0, 3, 1, 2)                        # (B,C,H,W)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -400,15 +494,18 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels, 1, 1), 1e-6))
         self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(),
-                                 nn.Linear(4 * channels, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 4 * channels),
+            nn.GELU(),
+            nn.Linear(4 * channels, channels))
 
     def forward(self, x):
-        y = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))        # (B,H,W,C)
-        y = self.scale * y.permute(0, 3, 1, 2)                                # (B,C,H,W)
-        if self.training and self.drop:
+        y = self.depthwise(x).permute(0, 2, 3, 1)           # (B,H,W,C)
+        y = self.mlp(self.norm(y)).permute(0, 3, 1, 2)      # (B,C,H,W)
+        y = self.scale * y
+        if self.training and self.drop:                     # for a part of the images, only x
             keep = y.new_empty(len(y), 1, 1, 1).bernoulli_(1 - self.drop)
-            y = y * (keep / (1 - self.drop))
+            y = y * (keep / (1 - self.drop))                # the mean stays what it is without drop-path
         return x + y
 
 
@@ -420,41 +517,45 @@ def convnext(variant, dim, size):
     give atto 0.6G, nano 2.5G); tiny 28,589,128, small 50,223,688, base 88,591,464, large 197,767,336
     (torchvision).
     """
-    depths, width, drop = CONVNEXT[variant]
-    layers, done = [nn.Conv2d(3, width, 4, 4), ChannelNorm(width, eps=1e-6)], 0
+    depths, width, max_drop = CONVNEXT[variant]
+    layers = [nn.Conv2d(3, width, 4, 4), ChannelNorm(width, eps=1e-6)]
+    blocks = 0
     for stage, depth in enumerate(depths):
-        if stage:
+        if stage > 0:
             layers += [ChannelNorm(width, eps=1e-6), nn.Conv2d(width, 2 * width, 2, 2)]
             width *= 2
         for _ in range(depth):
-            layers.append(ConvNeXtBlock(width, drop * done / (sum(depths) - 1)))
-            done += 1
-    neck = flat_neck(width, dim, size // 32, norm=[ChannelNorm(width, eps=1e-6)])
-    rule = partial(nn.init.normal_, std=0.02)            # the authors' code truncates at +-2, a hundred deviations away
+            drop = max_drop * blocks / (sum(depths) - 1)
+            layers.append(ConvNeXtBlock(width, drop))
+            blocks += 1
+    neck = [ChannelNorm(width, eps=1e-6)] + flat_neck(width, dim, size // 32)
+    rule = partial(nn.init.normal_, std=0.02)               # the authors truncate at +-2, a hundred deviations away
     return FaceNet(initialise(layers, rule), initialise(neck, rule))
 
 
 # -------------------------------------------------------------------------------- small and fast: our own
 
-SWIFT = {"": (16, (32, 1, 1), (64, 1, 2), (128, 1, 2)), "_l": (32, (64, 1, 1), (128, 2, 2), (256, 2, 2))}
+SWIFT = {                                                   # width of the stem; width, depth, stride of each stage
+    "": (16, ((32, 1, 1), (64, 1, 2), (128, 1, 2))),
+    "_l": (32, ((64, 1, 1), (128, 2, 2), (256, 2, 2)))}
 
 
-def swiftface(kind, dim, size):
-    """For CPUs and quick experiments, and for small images: 48 pixels are enough, 64 for the larger kind. The residual
-    blocks of ResNet-18, few and narrow, behind one 3x3 stem of stride 2, and the whole map, an eighth of the image's
-    side, in the neck. No depthwise filters, no squeeze-excite: a CPU is quick at dense 3x3 convolutions and slow at
-    all that is not.
+def swiftface(variant, dim, size):
+    """For CPUs and quick experiments, and for small images: 48 pixels are enough, 64 for swiftface_l.
+
+    The residual blocks of ResNet-18, few and narrow, behind one 3x3 stem of stride 2. The neck sees the whole
+    map, whose side is an eighth of the image's. A CPU is fast at dense 3x3 convolutions and slow at depthwise
+    filters and squeeze-excite, so there are none.
     """
-    stem, *rows = SWIFT[kind]
-    layers = conv_bn(3, stem, 3, 2) + stages(partial(basic, se=False), stem, rows)
-    side = min(8, -(-size // 8))
-    neck = [Fit(side), nn.Flatten(), nn.Linear(rows[-1][0] * side * side, dim, bias=False), nn.BatchNorm1d(dim)]
-    return FaceNet(initialise(layers, he), neck)
+    stem, rows = SWIFT[variant]
+    layers = conv_bn(3, stem, 3, 2) + stages(basic, stem, rows)
+    neck = flat_neck(rows[-1][0], dim, map_side(size, 8), max_side=8)
+    return FaceNet(initialise(layers, he_normal), neck)
 
 
 # ---------------------------------------------------------------------- what the other scripts call
 
-ARCHS = {                                       # name: (function of dim and size, description)
+ARCHS = {                                                   # name: (function of dim and size, description)
     "lenetpp": (lenetpp, "LeNet++ of the centre loss (2016), six 5x5 convolutions"),
     "alexnet": (alexnet, "AlexNet (2012), where it began; enlarges images below 63 pixels"),
     **{f"vgg{n}": (partial(vgg, n), f"VGG-{n} (2014), plain stack of 3x3 convolutions") for n in VGG},
@@ -474,7 +575,10 @@ ARCHS = {                                       # name: (function of dim and siz
 
 
 def make(arch, dim=512, size=112):
-    """The network arch for square images of size pixels and embeddings of dim numbers, newly initialised."""
+    """A newly initialised FaceNet for images (B, 3, size, size), normalised, and embeddings (B, dim).
+
+    Raises ValueError for an unknown arch, a size outside 32..256, or dim below 1.
+    """
     if arch not in ARCHS:
         nearest = difflib.get_close_matches(str(arch), ARCHS, 1, 0)[0]
         raise ValueError(f"no architecture {arch!r}; the nearest name is {nearest!r}")
@@ -487,12 +591,10 @@ def make(arch, dim=512, size=112):
 
 def macs(model, size=112):
     """Multiply-adds of one image in convolutions and linear layers; only shapes are computed."""
-    training = model.training
-    shapes = {name: value.to("meta") for name, value in model.state_dict().items()}
+    shapes = copy.deepcopy(model).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model.eval(), shapes, torch.empty(1, 3, size, size, device="meta"))
-    model.train(training)
-    return counter.get_total_flops() // 2
+        shapes(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2                   # torch counts a multiply-add as two operations
 
 
 def table(dim=512, size=112):
@@ -506,19 +608,76 @@ def table(dim=512, size=112):
     return "\n".join(lines)
 
 
+FUSIONS = {
+    (nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
+    (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval,
+}
+
+
 def fold(model):
     """A copy in eval mode with each batch norm folded into the convolution or linear layer right before it.
 
     Exact up to rounding. A batch norm in front of a convolution (iresnet's) has to stay: the convolution's
-    padding is zero only after it.
+    padding is zero only after it. A folded model is returned as it is.
     """
+    if getattr(model, "folded", False):
+        return model
     model = copy.deepcopy(model).eval()
+    model.folded = True
     for parent in list(model.modules()):
         children = list(parent.named_children())
-        for (name, layer), (after, norm) in zip(children, children[1:]):
-            fuse = {(nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
-                    (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval}.get((type(layer), type(norm)))
+        for (name, layer), (norm_name, norm) in itertools.pairwise(children):
+            fuse = FUSIONS.get((type(layer), type(norm)))
             if fuse and len(layer.weight) == norm.num_features:
                 setattr(parent, name, fuse(layer, norm))
-                setattr(parent, after, nn.Identity())
+                setattr(parent, norm_name, nn.Identity())
     return model
+
+
+# ---------------------------------------------------------------------------------- several processes
+
+class SyncedStatistics(torch.autograd.Function):
+    """The sum of x over all processes; in backward, the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SyncedStatistics.apply(grad)
+
+
+def synced_forward(norm, x):
+    """Forward of a batch norm, x (B, C, ...), with mean and variance over the batches of all processes."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    if x.dtype != torch.float64:
+        x = x.float()                                       # sums in half precision would be too coarse
+    dims = [0, *range(2, x.ndim)]                           # all but the channels
+    count = x.new_full((1,), x[:, 0].numel())               # filled there: copying from the host would wait
+    sums = SyncedStatistics.apply(torch.cat([x.sum(dims), count]))
+    total, n = sums.split([norm.num_features, 1])
+    mean = total / n
+    shape = [-1] + [1] * (x.ndim - 2)                       # of (C,), to go with (B,C,...)
+    x = x - mean.view(shape)
+    var = SyncedStatistics.apply(x.square().sum(dims)) / n
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * n / (n - 1), norm.momentum)
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    return x * scale.view(shape) + norm.bias.view(shape)
+
+
+def synchronise_batch_norms(net):
+    """Let every batch norm of net, in training, use the statistics of all processes of torch.distributed.
+
+    Works on any device; torch.nn.SyncBatchNorm is for GPUs only, and waits for them. All processes must call
+    net equally often. State dict, types of the modules and evaluation stay as they are.
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.forward = partial(synced_forward, module)

@@ -37,8 +37,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-if "slow_bench" not in sys.argv:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # equal bits and forked processes are a CPU's
+if "slow_bench" not in sys.argv:                            # the others want equal bits and fork(): a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import torch
@@ -58,14 +58,25 @@ import train
 import verify
 
 HERE = Path(__file__).resolve().parent
+CHANNELS_LAST = {"memory_format": torch.channels_last}
 
+
+# ---- Helpers -------------------------------------------------------------------------------------------------
 
 class Skip(Exception):
     """Raised by a test that this machine cannot run."""
 
 
+def to_double(value):
+    """A tensor, array, list or number as a tensor of float64, without its gradient."""
+    if torch.is_tensor(value):
+        value = value.detach()
+    return torch.as_tensor(np.asarray(value)).double()
+
+
 def close(a, b, tolerance=1e-10, what=""):
-    a, b = (torch.as_tensor(np.asarray(v.detach() if torch.is_tensor(v) else v)).double() for v in (a, b))
+    """a and b differ by at most tolerance, relative or absolute."""
+    a, b = to_double(a), to_double(b)
     assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), f"{what} {a} is not {b}"
 
 
@@ -79,22 +90,54 @@ def raises(fragment, call, *args):
         raise AssertionError(f"no ValueError about '{fragment}'")
 
 
+@contextlib.contextmanager
+def case(name):
+    """A failure inside tells for which case of a table it was."""
+    try:
+        yield
+    except Exception as e:
+        e.add_note(f"case: {name}")
+        raise
+
+
+@contextlib.contextmanager
+def as_command(argv, cwd):
+    """Inside, this process looks like one started in the folder cwd with these arguments; afterwards as before."""
+    on_interrupt, on_terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", argv):
+        yield
+    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_terminate)
+
+
 def run(script, *argv, cwd, code=0):
     """(stdout, stderr) of a script's command line, in this process; with exit code 2, stderr is one line."""
-    ended, out, err = 0, io.StringIO(), io.StringIO()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", [script.__name__, *map(str, argv)]), \
-            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(script.__file__, run_name="__main__")
-        except SystemExit as e:
-            ended = e.code or 0
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    exit_code, out, err = 0, io.StringIO(), io.StringIO()
+    with as_command([script.__name__, *map(str, argv)], cwd):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(script.__file__, run_name="__main__")
+            except SystemExit as e:
+                exit_code = e.code or 0
     out, err = out.getvalue(), err.getvalue()
-    assert ended == code and (code != 2 or err.startswith("error: ") and err.count("\n") == 1), (argv, ended, out, err)
+    assert exit_code == code, (argv, exit_code, out, err)
+    if code == 2:
+        assert err.startswith("error: ") and err.count("\n") == 1, (argv, err)
     return out, err
 
+
+def read_csv(path):
+    """The rows of a CSV file as dictionaries of strings."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def full(*arguments):
+    """In place of a system call: the answer of a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# ---- Fixtures ------------------------------------------------------------------------------------------------
 
 @functools.cache
 def faces():
@@ -108,408 +151,638 @@ TINY = "--arch", "swiftface", "--dim", 16, "--batch-size", 16, "--lr", 0.02, "--
 
 
 def tiny(cwd, *more, code=0, epochs=2):
-    """train.main on the small set with a small network."""
+    """(stdout, stderr) of train.main on faces() with a small network."""
     return run(train, "--data", faces(), *TINY, "--epochs", epochs, *more, cwd=cwd, code=code)
-
-
-def full(*arguments):
-    """What a full disk answers."""
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---- eer.py --------------------------------------------------------------------------------------------------
 
+def many_pairs(cases, smallest):
+    """(labels, scores) of `smallest` to 61 pairs, of both kinds; every second case has many ties."""
+    rng = np.random.default_rng(0)
+    for case in range(cases):
+        n = rng.integers(smallest, 62)
+        labels = rng.permutation(np.append([0, 1], rng.integers(0, 2, n - 2)))
+        scores = rng.normal(size=n) + rng.normal() * labels
+        if case % 2:
+            scores = scores.round(case % 3)
+        yield labels, scores
+
+
+def share_accepted(scores, threshold):
+    """An exact fraction, by counting."""
+    accepted = (scores >= threshold).tolist()
+    return Fraction(sum(accepted), len(accepted))
+
+
+def accuracy(labels, scores, threshold):
+    return np.mean((scores >= threshold) == labels)
+
+
 def test_eer_is_the_crossing_of_the_interpolated_roc():
     """Against the anti-diagonal, point by point in exact fractions."""
-    rng = np.random.default_rng(0)
-    for case in range(200):
-        y = rng.permutation(np.r_[0, 1, rng.integers(0, 2, rng.integers(1, 60))])
-        s = rng.normal(size=len(y)) + y * rng.normal()
-        s = s.round(case % 3) if case % 2 else s                                # half of them with many ties
-        points = [[Fraction(int(sum(s[y == kind] >= cut)), int(sum(y == kind))) for kind in (0, 1)]
-                  for cut in np.r_[np.inf, np.unique(s)[::-1]]]
-        (f0, t0), (f1, t1) = next(two for two in itertools.pairwise(points) if sum(two[1]) >= 1)
-        rate, threshold = eer.eer(y, s)
-        close(rate, float(f0 + (1 - f0 - t0) / (f1 + t1 - f0 - t0) * (f1 - f0)), 1e-12)
-        assert s.min() <= threshold <= s.max()
-    y = np.repeat([0, 1], 50)
-    assert [eer.eer(y, sign * y)[0] for sign in (1, -1, 0)] == [0, 1, 0.5]
+    for labels, scores in many_pairs(200, 3):
+        far = tar = 0
+        for cut in np.unique(scores)[::-1]:
+            far0, tar0 = far, tar
+            far = share_accepted(scores[labels == 0], cut)
+            tar = share_accepted(scores[labels == 1], cut)
+            if far + tar >= 1:
+                break
+        fraction = (1 - far0 - tar0) / (far + tar - far0 - tar0)
+        rate, threshold = eer.eer(labels, scores)
+        close(rate, float(far0 + fraction * (far - far0)), 1e-12)
+        assert scores.min() <= threshold <= scores.max()
 
 
-def test_eer_report():
+def test_eer_of_perfect_inverted_and_constant_scores():
+    labels = np.repeat([0, 1], 50)
+    for sign, rate in ((1, 0), (-1, 1), (0, 0.5)):
+        assert eer.eer(labels, sign * labels)[0] == rate
+
+
+def test_eer_report_equals_counting():
+    for labels, scores in many_pairs(40, 3):
+        report = eer.report(labels, scores)
+        genuine, impostor = scores[labels == 1], scores[labels == 0]
+        higher, equal = genuine[:, None] > impostor, genuine[:, None] == impostor
+        close(report["auc"], np.mean(higher + 0.5 * equal))
+        close(report["acc"], max(accuracy(labels, scores, cut) for cut in [*scores, np.inf]))
+        close(report["far"], np.mean(impostor >= report["threshold"]))
+        close(report["frr"], np.mean(genuine < report["threshold"]))
+        assert math.isnan(report["tar@far=1e-3"])           # some sixty impostors cannot tell
+        assert " - " in eer.show(report)
+
+
+def test_eer_report_interpolates_tar_at_far():
+    for labels, scores in many_pairs(40, 40):
+        far, tar, cuts = eer.roc(labels, scores)
+        i = np.searchsorted(far, 0.1, "right")
+        slope = (tar[i] - tar[i - 1]) / (far[i] - far[i - 1])
+        reported = eer.report(labels, scores)["tar@far=1e-1"]
+        close(reported, tar[i - 1] + slope * (0.1 - far[i - 1]))
+        if len(cuts) > len(scores):                         # no two alike: the ROC is all steps
+            close(reported, tar[far <= 0.1].max())
+
+
+def test_eer_interval_covers_the_true_rate():
     rng = np.random.default_rng(1)
-    y, s = rng.integers(0, 2, 300), rng.normal(size=300).round(1)
-    s += y
-    r, (far, tar, cut) = eer.report(y, s), eer.roc(y, s)
-    g, i = s[y == 1], s[y == 0]
-    close(r["auc"], np.mean((g[:, None] > i) + 0.5 * (g[:, None] == i)))
-    close(r["acc"], max(np.mean((s >= c) == y) for c in cut))
-    close([r["far"], r["frr"]], [np.mean(i >= r["threshold"]), np.mean(g < r["threshold"])])
-    b = np.searchsorted(far, 0.1, "right")
-    close(r["tar@far=1e-1"], tar[b - 1] + (tar[b] - tar[b - 1]) * (0.1 - far[b - 1]) / (far[b] - far[b - 1]))
-    assert math.isnan(r["tar@far=1e-3"]) and " - " in eer.show(r)              # 150 impostors cannot tell
-    s = y + rng.normal(size=300)                            # no two alike: the ROC is all steps
-    far, tar, _ = eer.roc(y, s)
-    close(eer.report(y, s)["tar@far=1e-1"], tar[far <= 0.1].max())
     covered = 0
     for _ in range(400):                                    # two normals 3 apart: true EER 6.68 %
-        g, i = np.sort(rng.normal(3, 1, 200)), np.sort(rng.normal(0, 1, 200))
-        low, high = eer.interval(eer.crossing(g, i)[0], 200, 200)
+        genuine, impostor = np.sort(rng.normal([[3], [0]], 1, (2, 200)))
+        low, high = eer.interval(eer.crossing(genuine, impostor)[0], 200, 200)
         covered += low <= 0.0668072 <= high
     assert 0.91 < covered / 400 < 0.98, covered
 
 
-def test_eer_thresholds_by_brute_force():
-    """at_far, best_threshold and LFW's folds against all thresholds there are."""
-    rng = np.random.default_rng(2)
-    for case in range(40):
-        y = rng.permutation(np.r_[0, 1, 0, 1, rng.integers(0, 2, 40)])
-        s = (rng.normal(size=44) + y).round(1 + case % 2)
+def test_eer_at_far_is_the_lowest_threshold_that_keeps_a_far():
+    for labels, scores in many_pairs(80, 3):
+        impostor = scores[labels == 0]
         for far in (0.001, 0.1, 0.29):
-            t = eer.at_far(y, s, far)
-            assert np.mean(s[y == 0] >= t) <= far < np.mean(s[y == 0] >= np.nextafter(t, -9)), (case, far)
-        cuts = np.unique(s)
-        between, gap = (cuts[1:] + cuts[:-1]) / 2, np.diff(cuts)
-        accuracy = np.array([np.mean((s >= t) == y) for t in between])
-        t = eer.best_threshold(y, s)
-        close(np.mean((s >= t) == y), accuracy.max())
-        close(gap[np.abs(between - t).argmin()], gap[accuracy > accuracy.max() - 1e-9].max(), 1e-9)     # the widest
-        folds = np.arange(44) % 4
-        each = [np.mean((s[folds == f] >= eer.best_threshold(y[folds != f], s[folds != f])) == y[folds == f])
-                for f in range(4)]
-        close(eer.folds_accuracy(y, s, folds), [np.mean(each), np.std(each, ddof=1) / 2])
-    y, s = np.tile([1, 0], 40), np.tile([0.9, 0.1], 40)
-    assert eer.folds_accuracy(y, s, np.arange(80) // 8) == (1, 0) and eer.best_threshold(y, s) == 0.5
+            threshold = eer.at_far(labels, scores, far)
+            lower = np.nextafter(threshold, -9)
+            assert np.mean(impostor >= threshold) <= far < np.mean(impostor >= lower)
 
 
-def test_eer_reads_and_compares_files_and_refuses(tmp):
+def test_eer_best_threshold_lies_in_the_widest_of_the_best_gaps():
+    for labels, scores in many_pairs(80, 20):
+        cuts = np.unique(scores)
+        ends = cuts[0], cuts[-1] + 1                        # accept all, refuse all: gaps of width 0
+        middles, gaps = np.append((cuts[1:] + cuts[:-1]) / 2, ends), np.append(np.diff(cuts), (0, 0))
+        accuracies = np.array([accuracy(labels, scores, middle) for middle in middles])
+        threshold = eer.best_threshold(labels, scores)
+        close(accuracy(labels, scores, threshold), accuracies.max())
+        widest = gaps[accuracies > accuracies.max() - 1e-9].max()
+        if widest > 0:
+            close(gaps[np.abs(middles - threshold).argmin()], widest, 1e-9)
+
+
+def test_eer_best_threshold_may_accept_or_refuse_all():
+    for labels, scores in many_pairs(200, 3):
+        for number in (np.float64, np.float32, int):
+            scores = scores.astype(number)
+            best = accuracy(labels, scores, eer.best_threshold(labels, scores))
+            close(best, eer.report(labels, scores)["acc"])
+    labels, scores = np.repeat([0, 1, 0], [1, 1, 9]), np.repeat([-1, 0], [1, 10])
+    assert eer.best_threshold(labels, scores) > 0           # 10 of 11 by refusing all
+    assert eer.best_threshold(1 - labels, scores) == -1     # and by accepting all
+
+
+def test_eer_report_works_with_numpy_1():
+    labels, scores = next(many_pairs(1, 20))
+    with mock.patch.dict(vars(np)):
+        vars(np).pop("trapezoid", None)
+        area = eer.report(labels, scores)["auc"]
+    far, tar, _ = eer.roc(labels, scores)
+    assert area == np.trapezoid(tar, far)
+
+
+def test_eer_folds_take_their_threshold_from_the_other_folds():
+    for labels, scores in many_pairs(40, 20):
+        folds, each = np.arange(len(labels)) % 4, []
+        for fold in range(4):
+            own, rest = folds == fold, folds != fold
+            threshold = eer.best_threshold(labels[rest], scores[rest])
+            each.append(accuracy(labels[own], scores[own], threshold))
+        close(eer.folds_accuracy(labels, scores, folds), [np.mean(each), np.std(each, ddof=1) / 2])
+    labels, scores = np.tile([1, 0], 40), np.tile([0.9, 0.1], 40)
+    assert eer.folds_accuracy(labels, scores, np.arange(80) // 8) == (1, 0)
+    assert eer.best_threshold(labels, scores) == 0.5
+
+
+def test_eer_reads_csv_files_and_names_the_bad_line(tmp):
+    file = tmp / "c.csv"
     for content in (b"\xef\xbb\xbfscore,label\r\n0.5,1\r\n\r\n-1,0\r\n", b"1,0.5\n0,-1\n"):
-        (tmp / "c.csv").write_bytes(content)
-        assert np.array_equal(eer.read(tmp / "c.csv"), [[1, 0], [0.5, -1]])
-    for content, where in ((b"1,0.5\n0,zero\n", "c.csv:2"), (b"1,0.5\n\x80\x02,\"\n", "c.csv:2"),
-                           (b"2,0.5\n", "c.csv:1"), (b"1,nan\n", "c.csv:1"), (b"\n", "c.csv: no scores"),
-                           (b"1,0.5\n", "c.csv: no scores"), (b'1,"' + b"0" * 200_000, "c.csv: field")):
-        (tmp / "c.csv").write_bytes(content)
-        raises(where, eer.read, tmp / "c.csv")
-    for fragment, *bad in (("label 2", [0, 2], [0.0, 1.0]), ("both kinds", [1, 1], [0.0, 1.0]),
-                           ("pair 1 has score nan", [0, 1], [0.0, math.nan]),
-                           ("3 labels but 2 scores", [0, 1, 1], [0.0, 1.0])):
-        raises(fragment, eer.eer, *bad)
+        file.write_bytes(content)
+        assert np.array_equal(eer.read(file), [[1, 0], [0.5, -1]])
+    for content, place in (
+            (b"1,0.5\n0,zero\n", "c.csv:2"),
+            (b"1,0.5\n\x80\x02,\"\n", "c.csv:2"),
+            (b"2,0.5\n", "c.csv:1"),
+            (b"1,nan\n", "c.csv:1"),
+            (b"\n", "c.csv: no scores"),
+            (b"1,0.5\n", "c.csv: no scores"),
+            (b'1,"' + b"0" * 200_000, "c.csv: field")):
+        file.write_bytes(content)
+        raises(place, eer.read, file)
+
+
+def test_eer_refuses_what_has_no_eer():
+    raises("label 2", eer.eer, [0, 2], [0.0, 1.0])
+    raises("both kinds", eer.eer, [1, 1], [0.0, 1.0])
+    raises("pair 1 has score nan", eer.eer, [0, 1], [0.0, math.nan])
+    raises("3 labels but 2 scores", eer.eer, [0, 1, 1], [0.0, 1.0])
+
+
+def test_eer_compares_files_in_a_table(tmp):
     (tmp / "a.csv").write_text("1,0.9\n0,0.1\n1,0.8\n0,0.2\n")
     (tmp / "b.csv").write_text("1,0.9\n0,0.1\n1,0.2\n0,0.8\n")
     out, _ = run(eer, "a.csv", "b.csv", cwd=tmp)
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert rows[0][:2] == ["scores", "EER"] and [r[1] for r in rows[2:]] == ["0.00 %", "50.00 %"], out
-    assert rows[2][-1] == "-"                               # two impostors cannot tell FAR 1e-2
+    head, _, a, b = [line.split() for line in out.splitlines()]
+    assert head[1:4:2] == ["scores", "EER"], out
+    assert a[1:4:2] == ["a.csv", "0.00"] and b[1:4:2] == ["b.csv", "50.00"], out
+    assert a[-2] == "-"                                     # two impostors cannot tell FAR 1e-2
+
+
+def test_eer_command_neither_waits_for_a_pipe_nor_for_a_reader(tmp):
+    os.mkfifo(tmp / "pipe.csv")
+    _, err = run(eer, "pipe.csv", cwd=tmp, code=2)
+    assert "pipe.csv: not a regular file" in err
+    (tmp / "a.csv").write_text("1,0.9\n0,0.1\n")
+    done = subprocess.run(f"{sys.executable} {eer.__file__} a.csv | true; exit ${{PIPESTATUS[0]}}", shell=True,
+                          executable="/bin/bash", cwd=tmp, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
 
 
 # ---- data.py -------------------------------------------------------------------------------------------------
 
-def picture(path, value=0, size=(40, 40)):
+def picture(path, seed=0, size=(40, 40)):
+    """An image of noise, width times height; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    a = np.random.default_rng(value).integers(0, 255, (*size[::-1], 3), np.uint8)
-    Image.fromarray(a).save(path)
+    noise = np.random.default_rng(seed).bytes(3 * math.prod(size))
+    Image.frombytes("RGB", size, noise).save(path)
     return path
+
+
+def pictures(folder, *names):
+    for i, name in enumerate(names):
+        picture(folder / name, i)
 
 
 def homework(root):
     """The smallest set in the homework's layout; labels with gaps, names with spaces and accents. Returns the paths
     of labels.txt and val_pairs.txt."""
-    train_rows = "a b.jpg 3", "é.jpg 3", "c.jpg 7", "d.jpg 9"
-    for i, row in enumerate(train_rows):
-        picture(root / "cls_data/train/images" / row[:-2], i)
-    for i, name in enumerate("abc"):
-        picture(root / f"ver_data/{name}.jpg", i)
+    pictures(root / "cls_data/train/images", "a b.jpg", "é.jpg", "c.jpg", "d.jpg")
+    pictures(root / "ver_data", "a.jpg", "b.jpg", "c.jpg")
     labels, pairs = root / "cls_data/train/labels.txt", root / "val_pairs.txt"
-    labels.write_text("\n".join(train_rows))
+    labels.write_text("a b.jpg 3\né.jpg 3\nc.jpg 7\nd.jpg 9")
     pairs.write_text("a.jpg b.jpg 1\nb.jpg c.jpg 0\n")
     return labels, pairs
 
 
-def test_data_layouts(tmp):
-    labels, _ = homework(tmp / "above/HW")
+def people_folder(root):
+    """Four people with three images, and Ed with one."""
+    for person in ("Ann", "Bo", "Cy", "Di"):
+        pictures(root / person, "0.png", "1.png", "2.png")
+    picture(root / "Ed/0.png")
+
+
+def refuses(file, root, cases):
+    """load() names the fragment when file has the text."""
+    good = file.read_text()
+    for text, fragment in cases.items():
+        file.write_text(text)
+        raises(fragment, data.load, root)
+    file.write_text(good)
+
+
+def test_data_loads_the_homeworks_layout_from_above(tmp):
+    root = tmp / "above/HW"
+    labels, _ = homework(root)
     labels.write_bytes("\ufeffa b.jpg 3\r\n\r\n\u00e9.jpg 3\r\nc.jpg 7 \r\nd.jpg 9\r\n".encode())
-    picture(tmp / "above/HW/cls_data/dev/images/x.png")
-    (tmp / "above/HW/cls_data/dev/labels.txt").write_text("x.png 7\n")
-    picture(tmp / "above/HW/cls_data/test/images/y.png")                        # test without labels (Fall 2026)
-    (tmp / "above/HW/test_pairs.csv").write_text("image1,image2\nc.jpg,a.jpg\n")
-    d = data.load(tmp / "above")
-    assert d.root.name == "HW" and d.names == ["3", "7", "9"] and d.train[1].tolist() == [0, 0, 1, 2]
-    assert d.dev[1].tolist() == [1] and d.test[1] is None and len(d.test[0]) == 1 and not d.note
-    assert d.val_pairs.labels.tolist() == [1, 0] and len(d.val_pairs.files) == 3
-    one, two = (Path(d.test_pairs.files[side[0]]).name for side in (d.test_pairs.left, d.test_pairs.right))
-    assert d.test_pairs.labels is None and (one, two) == ("c.jpg", "a.jpg")
-    for i, person in enumerate(["Ann", "Bo", "Cy", "Di", "Ed"]):                # Fall 2024, and a plain folder
-        for k in range(1 if person == "Ed" else 3):
-            for top in ("F24/cls_data/train", "plain/nested"):
-                picture(tmp / top / person / f"{k}.png", 10 * i + k)
-    d = data.load(tmp / "plain", holdout=0.4, seed=1)
-    assert "held out" in d.note and len(d.names) == 3 and "Ed" in d.names
-    for *pair, same in zip(d.val_pairs.left, d.val_pairs.right, d.val_pairs.labels):
-        people = {Path(d.val_pairs.files[i]).parent.name for i in pair}
-        assert len(people) == 2 - same and not people & set(d.names)
-    picture(tmp / "plain/nested/ver_data/0.png")                                # nobody's folder
-    assert len(data.load(tmp / "plain", holdout=0).train[0]) == 13
+    picture(root / "cls_data/dev/images/x.png")
+    (root / "cls_data/dev/labels.txt").write_text("x.png 7\n")
+    picture(root / "cls_data/test/images/y.png")            # test without labels (Fall 2026)
+    (root / "test_pairs.csv").write_text("image1,image2\nc.jpg,a.jpg\n")
+    found = data.load(tmp / "above")
+    assert found.root == root and not found.note
+    assert found.names == ["3", "7", "9"] and found.train.labels.tolist() == [0, 0, 1, 2]
+    assert found.dev.labels.tolist() == [1]
+    assert found.test.labels is None and len(found.test.files) == 1
+    assert found.val_pairs.labels.tolist() == [1, 0] and len(found.val_pairs.files) == 3
+    files, left, right, labels, *_ = found.test_pairs
+    assert [Path(file).name for file in files] == ["c.jpg", "a.jpg"]
+    assert left == [0] and right == [1] and labels is None
+
+
+def test_data_loads_one_folder_a_person(tmp):
+    people_folder(tmp / "F24/cls_data/train")               # Fall 2024
+    people_folder(tmp / "plain/nested")
+    picture(tmp / "plain/nested/ver_data/0.png")            # nobody's folder
     assert len(data.load(tmp / "F24", holdout=0).names) == 5
+    assert len(data.load(tmp / "plain", holdout=0).train.files) == 13
 
 
-def test_data_refuses(tmp):
-    """Every complaint names the place."""
-    labels, pairs = homework(tmp / "HW")
-    for file, cases in ((labels, (
-            ("gone.jpg 1\n", "labels.txt:1: no image 'gone.jpg'"), ("c.jpg 1 2\n", "3 columns"),
-            ("c.jpg -1\n", "labels.txt:1"), ("c.jpg 1.5\n", "labels.txt:1"), ("c.jpg\n", "labels.txt:1"),
-            ("c.jpg 1\nd.jpg 2\nc.jpg 3\n", "labels.txt:3: 'c.jpg' stands on line 1"), ("c.jpg,1\n", "labels.txt:1"),
-            ("../x.jpg 1\n", "leaves"), ("/x.jpg 1\n", "leaves"), ("c.jpg 1\nd.jpg 1\n", "one person"),
-            ("\n", "no labelled"))), (pairs, (
-            ("a.jpg gone.jpg 1\n", "val_pairs.txt:1: no image 'gone.jpg'"), ("", "no pairs"),
-            ("a.jpg b.jpg 2\n", "label '2'"), ("a.jpg ../val_pairs.txt 1\n", "leaves"), ("a.jpg /a.jpg 1\n", "leaves"),
-            ("a.jpg b.jpg\n", "val_pairs.txt:1: no label"),
-            ("a.jpg b.jpg 1\nb.jpg c.jpg\n", "val_pairs.txt:2: 2 columns"),
-            ("a.jpg b.jpg 1\na.jpg c.jpg 1\n", "every pair has label 1")))):
-        good = file.read_text()
-        for text, fragment in cases:
-            file.write_text(text)
-            raises(fragment, data.load, tmp / "HW")
-        file.write_text(good)
+def test_data_holds_whole_people_out(tmp):
+    people_folder(tmp / "nested")
+    found = data.load(tmp, holdout=0.4, seed=1)
+    assert "held out" in found.note and len(found.names) == 3 and "Ed" in found.names
+    pairs = found.val_pairs
+    for left, right, same in zip(pairs.left, pairs.right, pairs.labels):
+        people = {Path(pairs.files[i]).parent.name for i in (left, right)}
+        assert len(people) == 2 - same and not people & set(found.names)
+
+
+def test_data_names_the_line_and_the_fault_of_labels_txt(tmp):
+    labels, _ = homework(tmp)
+    refuses(labels, tmp, {
+        "gone.jpg 1\n": "labels.txt:1: no image 'gone.jpg'",
+        "c.jpg 1 2\n": "3 columns",
+        "c.jpg -1\n": "labels.txt:1",
+        "c.jpg 1.5\n": "labels.txt:1",
+        "c.jpg\n": "labels.txt:1",
+        "c.jpg 1\nd.jpg 2\nc.jpg 3\n": "labels.txt:3: 'c.jpg' stands on line 1",
+        "c.jpg,1\n": "labels.txt:1",
+        "../x.jpg 1\n": "leaves",
+        "/x.jpg 1\n": "leaves",
+        "c.jpg 1\nd.jpg 1\n": "one person",
+        "\n": "no labelled"})
+
+
+def test_data_names_the_line_and_the_fault_of_val_pairs_txt(tmp):
+    _, pairs = homework(tmp)
+    refuses(pairs, tmp, {
+        "a.jpg gone.jpg 1\n": "val_pairs.txt:1: no image 'gone.jpg'",
+        "": "no pairs",
+        "a.jpg b.jpg 2\n": "label '2'",
+        "a.jpg ../val_pairs.txt 1\n": "leaves",
+        "a.jpg /a.jpg 1\n": "leaves",
+        "a.jpg b.jpg\n": "val_pairs.txt:1: no label",
+        "a.jpg b.jpg 1\nb.jpg c.jpg\n": "val_pairs.txt:2: 2 columns",
+        "a.jpg b.jpg 1\na.jpg c.jpg 1\n": "every pair has label 1"})
+
+
+def test_data_refuses_folders_that_are_no_set(tmp):
+    homework(tmp / "both/one")
+    homework(tmp / "both/two")
+    pictures(tmp, "few/Ann/1.png", "few/Bo/1.png")
     (tmp / "empty").mkdir()
-    homework(tmp / "both/one"), homework(tmp / "both/two")
-    picture(tmp / "few/Ann/1.png"), picture(tmp / "few/Bo/1.png")
-    for folder, fragment in (("nothing", "no such folder"), ("HW/val_pairs.txt", "no such folder"),
-                             ("empty", "no labelled training images"), ("both", "several data sets"),
-                             ("few", "too few to hold")):
-        raises(fragment, data.load, tmp / folder)
+    raises("no such folder", data.load, tmp / "nothing")
+    raises("no such folder", data.load, tmp / "both/one/val_pairs.txt")
+    raises("no labelled training images", data.load, tmp / "empty")
+    raises("several data sets", data.load, tmp / "both")
+    raises("too few to hold", data.load, tmp / "few")
 
 
 def test_data_reads_lfw_lists(tmp):
-    people = {"Ann_A": (".jpg", ".png", ".jpeg"), "Bo": (".jpg", ".jpg"), "C_D": (".webp",)}
-    for name, ends in people.items():
-        for i, end in enumerate(ends, 1):
-            picture(tmp / f"lfw/{name}/{name}_{i:04d}{end}", i)
+    pictures(tmp / "lfw", "Ann_A/Ann_A_0001.jpg", "Ann_A/Ann_A_0002.png", "Ann_A/Ann_A_0003.jpeg",
+             "Bo/Bo_0001.jpg", "Bo/Bo_0002.jpg", "C_D/C_D_0001.webp")
 
     def read(text):
         (tmp / "t.txt").write_text(text)
         return data.read_pairs(tmp / "t.txt", tmp / "lfw")
 
-    p = read("2\nAnn_A\t1\t3\nBo\t1\t2\nAnn_A\t2\tC_D\t1\nBo\t2\tAnn_A\t1\n")
-    assert [[os.path.basename(p.files[i]) for i in side] for side in (p.left, p.right)] == [
-        ["Ann_A_0001.jpg", "Bo_0001.jpg", "Ann_A_0002.png", "Bo_0002.jpg"],
-        ["Ann_A_0003.jpeg", "Bo_0002.jpg", "C_D_0001.webp", "Ann_A_0001.jpg"]]
-    assert p.labels.tolist() == [1, 1, 0, 0] and p.folds is None and len(p.files) == 6
+    pairs = read("2\nAnn_A\t1\t3\nBo\t1\t2\nAnn_A\t2\tC_D\t1\nBo\t2\tAnn_A\t1\n")
+    names = np.array([Path(file).name for file in pairs.files])
+    assert names[pairs.left].tolist() == ["Ann_A_0001.jpg", "Bo_0001.jpg", "Ann_A_0002.png", "Bo_0002.jpg"]
+    assert names[pairs.right].tolist() == ["Ann_A_0003.jpeg", "Bo_0002.jpg", "C_D_0001.webp", "Ann_A_0001.jpg"]
+    assert pairs.labels.tolist() == [1, 1, 0, 0] and pairs.folds is None and len(names) == 6
     fold = "Ann_A\t1\t2\nBo\t1\tAnn_A\t3\n"
-    p = read("3\t1\n" + fold * 3)
-    assert p.labels.tolist() == [1, 0] * 3 and p.folds.tolist() == [0, 0, 1, 1, 2, 2]
-    for text, fragment in (("3\t1\n" + fold, "2 pairs, but the first line announces 3 x 2 x 1"),
-                           ("1\nAnn_A\t1\t2\nBo\t1\tx\n", "t.txt:3: 'Bo"),
-                           ("1\nAnn_A\t1\t9\nBo\t1\tC_D\t1\n", "t.txt:2: no image"),
-                           ("1\n..\t1\t2\nBo\t1\tC_D\t1\n", "leaves")):
-        raises(fragment, read, text)
+    pairs = read("3\t1\n" + fold * 3)
+    assert pairs.labels.tolist() == [1, 0] * 3 and pairs.folds.tolist() == [0, 0, 1, 1, 2, 2]
+    raises("2 pairs, but the first line announces 3 x 2 x 1", read, "3\t1\n" + fold)
+    raises("t.txt:3: 'Bo", read, "1\nAnn_A\t1\t2\nBo\t1\tx\n")
+    raises("t.txt:2: no image", read, "1\nAnn_A\t1\t9\nBo\t1\tC_D\t1\n")
+    raises("leaves", read, "1\n..\t1\t2\nBo\t1\tC_D\t1\n")
 
 
-def test_data_describes_a_set(tmp):
-    for person, n in (("Ann", 3), ("Bo", 1), ("Cy", 2)):
-        for i in range(n):
-            picture(tmp / f"set/{person}/{i}.png", 10 * n + i, (32, 32))
+def test_data_describes_a_set_and_shows_it(tmp):
+    for i, name in enumerate(("Ann/0", "Ann/1", "Ann/2", "Bo/0", "Cy/0", "Cy/1")):
+        picture(tmp / f"set/{name}.png", i, (32, 32))
     shutil.copy(tmp / "set/Ann/0.png", tmp / "set/Cy/9.png")
     x = np.stack([data.decode(f, 32) for f in data.read_people(tmp / "set")[0]])
     out, _ = run(data, "--data", "set", "--holdout", 0, "--sheet", "sheet.png", cwd=tmp)
-    mean, deviation = (" ".join(f"{v:.4f}" for v in f(x.reshape(-1, 3) / 255, axis=0)) for f in (np.mean, np.std))
+    colours = x.reshape(-1, 3) / 255
+    mean = " ".join(f"{v:.4f}" for v in colours.mean(0))
+    deviation = " ".join(f"{v:.4f}" for v in colours.std(0))
     for part in ("7 images, 0 unreadable", "3 people with 1 to 3 images, median 3", "Cy/9.png = Ann/0.png",
                  "duplicates: 1 images", f"mean {mean}, standard deviation {deviation}"):
         assert part in out, (part, out)
-    sheet = np.asarray(Image.open(tmp / "sheet.png"))
-    places = np.lib.stride_tricks.sliding_window_view(sheet[:, :900, 0], (1, 64))[:, ::4].reshape(-1, 64)
+    sheet = Image.open(tmp / "sheet.png").tobytes()
     for face in x:                                          # every face is on it, twice as large
-        row = np.asarray(Image.fromarray(face).resize((64, 64), Image.LANCZOS))[5, :, 0]
-        assert (places == row).all(1).any()
+        twice = Image.fromarray(face).resize((64, 64), Image.LANCZOS)
+        assert twice.crop((0, 5, 64, 6)).tobytes() in sheet
 
 
 def colours(image):
     """For each colour of lines, the (n, 2) places, row and column, where an image has it."""
-    a = np.asarray(image).astype(int)
-    each = [[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in data.COLOURS_OF_LINES]
-    return [np.argwhere(np.abs(a - c).max(2) < 30) for c in each]
+    image, places = np.asarray(image).astype(int), []
+    for colour in data.COLOURS_OF_LINES:
+        red_green_blue = list(bytes.fromhex(colour[1:]))
+        distance = np.abs(image - red_green_blue).max(2)
+        places.append(np.argwhere(distance < 30))
+    return places
 
 
-def test_data_plot_puts_things_where_they_belong():
-    def drawn(series, axes=""):
-        return np.asarray(data.plot(None, [("", "", "", series, axes)]))
+def drawn(series, axes=""):
+    return np.asarray(data.plot(None, [("", "", "", series, axes)])).astype(int)
 
-    def centres(axes, *points):
-        image = drawn({f"_{i}": ([x], [y], "points") for i, (x, y) in enumerate(points)}, axes)
-        return np.array([places.mean(0)[::-1] for places in colours(image)[:len(points)]])
 
-    for axes, *points in (("", (0, 8), (5, 9), (10, 10)), ("logx", (0.01, 8), (1, 9), (100, 10)),
-                          ("logx logy", (0.01, 1), (1, 10), (100, 100))):
-        close(centres(axes, *points), [(52, 258), (229, 146), (406, 34)], 0.04, axes)
-    one, two, three = centres("equal", (0, 0), (3, 0), (0, 3))                  # right angle, equal sides
-    close(two[0] - one[0], one[1] - three[1], 0.03)
-    assert abs(one[1] - two[1]) < 2 and abs(one[0] - three[0]) < 2
-    for bad in (0, -1, math.nan, math.inf):                 # what has no place on the axes is left out
-        with_it, without = ({"": (xs, ys)} for xs, ys in (([0.01, bad, 100], [8, 9, 10]), ([0.01, 100], [8, 10])))
-        assert np.array_equal(drawn(with_it, "logx"), drawn(without, "logx")), bad
+def centres(axes, *points):
+    """Where a chart shows each point: (n, 2), column and row."""
+    series = {}
+    for i, (x, y) in enumerate(points):
+        series[f"_{i}"] = [x], [y], "points"
+    places = colours(drawn(series, axes))
+    return np.array([places[i].mean(0)[::-1] for i in range(len(points))])
+
+
+def test_data_plot_puts_points_where_they_belong():
+    want = (52, 258), (229, 146), (406, 34)
+    close(centres("", (0, 8), (5, 9), (10, 10)), want, 0.04)
+    close(centres("logx", (0.01, 8), (1, 9), (100, 10)), want, 0.04)
+    close(centres("logx logy", (0.01, 1), (1, 10), (100, 100)), want, 0.04)
+    corner, right, upper = centres("equal", (0, 0), (3, 0), (0, 3))     # a right angle with equal sides
+    close(right[0] - corner[0], corner[1] - upper[1], 0.03)
+    close(right[1], corner[1], 2 / 300)
+    close(upper[0], corner[0], 2 / 420)
+
+
+def test_data_plot_leaves_out_what_has_no_place_on_the_axes():
+    without = drawn({"": ([0.01, 100], [8, 10])}, "logx")
+    for bad in (0, -1, math.nan, math.inf):
+        assert np.array_equal(drawn({"": ([0.01, bad, 100], [8, 9, 10])}, "logx"), without), bad
+
+
+def test_data_plot_fills_bars_and_ticks_logarithms():
     close(data.ticks(-3, 2, log=True), np.arange(-3, 3))
     close(10 ** data.ticks(0, 1, log=True), [1, 2, 5, 10])
-    a = drawn({"": ([0, 1, 2], [0, 1], "bars")}).astype(int)
-    blue = a[..., 2] - a[..., 0] > 40                       # only the right half is filled, to the top
+    image = drawn({"": ([0, 1, 2], [0, 1], "bars")})
+    blue = image[..., 2] - image[..., 0] > 40               # only the right half is filled, to the top
     assert blue[40:250, 240:400].all() and not blue[40:250, 60:220].any()
 
 
 def test_data_shows_images_as_a_viewer_does(tmp):
     a = np.zeros((40, 40, 3), np.uint8)
-    a[:20] = 200, 100, 50                                                       # upper half coloured
+    a[:20] = 200, 100, 50                                   # upper half coloured
     upright, wide, exif = Image.fromarray(a), Image.new("RGB", (80, 40), "red"), Image.Exif()
-    exif[0x0112] = 6                                                            # stored turned, shown upright
+    exif[0x0112] = 6                                        # stored turned, shown upright
     upright.rotate(90).save(tmp / "exif.png", exif=exif)
     upright.quantize(4).save(tmp / "palette.png")
     upright.save(tmp / "plain.webp", lossless=True)
-    wide.paste(upright, (20, 0))                                                # the central square, not squeezed
+    wide.paste(upright, (20, 0))                            # the central square, not squeezed
     wide.save(tmp / "wide.png")
-    Image.fromarray(a[..., 0]).save(tmp / "grey.png")
-    Image.fromarray(np.dstack([a, np.zeros((40, 40), np.uint8)])).save(tmp / "clear.png")       # on white paper
-    deep = np.arange(1600).reshape(40, 40, 1) * 40
-    Image.fromarray(deep[..., 0].astype(np.uint16)).save(tmp / "deep.png")
-    for name, want in (("exif.png", a), ("palette.png", a), ("plain.webp", a), ("wide.png", a),
-                       ("clear.png", a * 0 + 255), ("grey.png", a[..., :1]), ("deep.png", np.round(deep / 257))):
-        error = np.abs(data.decode(tmp / name, 40) - want.astype(float)).max()
-        assert error <= 2 * (name in ("exif.png", "palette.png")), (name, error)
-    half = (tmp / "wide.png").read_bytes()[:90]
-    for name, content, why in (("bomb.jpg", b"P6 60000 60000 255 " * 9, "exceeds limit"), ("cut.png", half, ""),
-                               ("text.png", b"no image", "identify"), ("empty.jpg", b"", "identify")):
+    upright.getchannel(0).save(tmp / "grey.png")
+    upright.putalpha(0)                                     # on white paper
+    upright.save(tmp / "clear.png")
+    deep = np.arange(1600).reshape(40, 40) * 40
+    Image.fromarray(deep.astype(np.uint16)).save(tmp / "deep.png")
+    for name, want, tolerance in (
+            ("exif.png", a, 2), ("palette.png", a, 2), ("plain.webp", a, 0), ("wide.png", a, 0), ("clear.png", 255, 0),
+            ("grey.png", a[..., :1], 0), ("deep.png", np.round(deep[..., None] / 257), 0)):
+        error = np.abs(data.decode(tmp / name, 40) - np.float64(want)).max()
+        assert error <= tolerance, (name, error)
+    sliver = picture(tmp / "sliver.png", 3, (1, 99))        # odd, but an image
+    assert data.decode(sliver, 40).shape == (40, 40, 3)
+
+
+def test_data_names_the_unreadable_image(tmp):
+    half = picture(tmp / "whole.png").read_bytes()[:90]
+    for name, content, reason in (
+            ("bomb.jpg", b"P6 60000 60000 255 " * 9, "(Image size (3600000000 pixels) exceeds limit"),
+            ("cut.png", half, ""),
+            ("text.png", b"no image", "(cannot identify"),
+            ("empty.jpg", b"", "(cannot identify")):
         (tmp / name).write_bytes(content)
-        raises(f"{name}: not a readable image", data.decode, tmp / name, 40)
-        raises(why, data.decode, tmp / name, 40)
-    assert data.decode(picture(tmp / "sliver.png", 3, (1, 99)), 40).shape == (40, 40, 3)        # odd, but an image
+        raises(f"{name}: not a readable image {reason}", data.decode, tmp / name, 40)
 
 
-def test_data_pack(tmp):
-    files = [str(picture(tmp / f"{i}.png", i, (30 + i % 3, 32))) for i in range(101)]
-    cache = tmp / "cache"
-    cache.mkdir()
-    images, good = data.pack(files, 32, cache)
-    assert isinstance(images.rows, np.memmap) and len(good) == 101
-    inner, _ = data.pack(files, 16, cache, crop=0.5)                            # beside the other, not in its place
-    assert (inner[[2]][0] == np.asarray(Image.open(files[2]).convert("RGB"))[8:24, 8:24]).all()
-    assert len(list(cache.glob("*.npy"))) == 2
-    assert (images[np.array([5, 3])] == np.stack([data.decode(files[i], 32) for i in (5, 3)])).all()
-    with mock.patch.object(data, "decode", side_effect=AssertionError):         # found again, not decoded again
-        data.pack(files, 32, cache)
-    with mock.patch.object(shutil, "disk_usage", lambda p: SimpleNamespace(free=0)):
-        for f in cache.iterdir():
-            f.unlink()
-        stream, _ = data.pack(files, 32, cache)                                 # no room: streams, the same pixels
-        assert stream.rows is None and (stream[np.arange(9)] == images[np.arange(9)]).all()
-    with mock.patch.object(os, "posix_fallocate", full):                        # less room than was told: likewise
-        assert data.pack(files, 32, cache)[0].rows is None and not list(cache.glob("*.npy"))
-    picture(Path(files[7]), 999, (32, 32))                                      # changed: rebuilt, the old one gone
+def files_and_cache(tmp):
+    """(101 image files, an empty folder)."""
+    (tmp / "cache").mkdir()
+    return [str(picture(tmp / f"{i}.png", i, (30 + i % 3, 32))) for i in range(101)], tmp / "cache"
+
+
+def packs_in(cache):
+    return len(list(cache.glob("*.npy")))
+
+
+def test_data_pack_decodes_once(tmp):
+    files, cache = files_and_cache(tmp)
+    images, rows = data.pack(files, 32, cache)
+    assert isinstance(images.rows, np.memmap) and len(rows) == 101
+    assert (images[[5, 3]] == [data.decode(files[5], 32), data.decode(files[3], 32)]).all()
+    inner, _ = data.pack(files, 16, cache, crop=0.5)        # beside the other, not in its place
+    assert (inner[[2]][0] == np.asarray(Image.open(files[2]))[8:24, 8:24]).all()
+    assert packs_in(cache) == 2
+    with mock.patch.object(data, "decode", side_effect=AssertionError):
+        data.pack(files, 32, cache)                         # found again, not decoded again
+
+
+def test_data_pack_decodes_as_asked_where_the_disk_is_full(tmp):
+    files, cache = files_and_cache(tmp)
+    with mock.patch.object(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0)):
+        images, _ = data.pack(files, 32, cache)
+    assert images.rows is None
+    assert (images[range(9)] == [data.decode(file, 32) for file in files[:9]]).all()
+    with mock.patch.object(os, "posix_fallocate", full):    # less room than was told
+        assert data.pack(files, 32, cache)[0].rows is None and not packs_in(cache)
+
+
+def test_data_pack_follows_changed_files_and_leaves_out_the_unreadable(tmp):
+    files, cache = files_and_cache(tmp)
+    data.pack(files, 32, cache)
+    picture(Path(files[7]), 999, (32, 32))
     Path(files[8]).write_bytes(b"no image")
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        images, good = data.pack(files, 32, cache)
-    assert (images[[7]][0] == data.decode(files[7], 32)).all() and len(list(cache.glob("*.npy"))) == 1
-    assert 8 not in good and len(good) == 100 and "1 of 101" in err.getvalue()
-    with mock.patch.object(data, "decode", side_effect=KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt):
-        Path(files[9]).touch()                                                  # a killed build leaves nothing
-        (cache / "train-64-0.1.tmp").touch()                                    # nor does one killed before
-        data.pack(files, 32, cache)
-    assert len(list(cache.glob("*.npy"))) == 1 and not list(cache.glob("*.tmp"))
+        images, rows = data.pack(files, 32, cache)
+    assert (images[[7]][0] == data.decode(files[7], 32)).all() and packs_in(cache) == 1
+    assert 8 not in rows and len(rows) == 100 and "1 of 101" in err.getvalue()
     Path(files[10]).write_bytes(b"")
     raises("2 of 101", data.pack, files, 32, cache)
 
 
-def test_data_augment():
-    from torchvision.transforms import functional as T
-    x = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    none, plain = dict.fromkeys(data.AUGMENT, 0), data.normalise(x)
-    every = {name: long for name, (_, long, _) in data.AUGMENT.items()}
-    close(data.augment(x, none), plain, 1e-6)
-    close(data.augment(x, none | {"mirror": 1}), plain.flip(3), 1e-4)
+def test_data_pack_leaves_nothing_half_built(tmp):
+    files, cache = files_and_cache(tmp)
+    data.pack(files, 32, cache)
+    Path(files[9]).touch()
+    (cache / "train-64-0.1.tmp").touch()                    # of a build that was killed before
+    with mock.patch.object(data, "decode", side_effect=KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt):
+        data.pack(files, 32, cache)
+    assert packs_in(cache) == 1 and not list(cache.glob("*.tmp"))
+
+
+NO_CHANGE = dict.fromkeys(data.AUGMENT, 0)
+STRONG = {name: long for name, (_, long, _) in data.AUGMENT.items()}
+
+
+def noise():
+    torch.manual_seed(0)
+    return torch.randint(256, (64, 32, 32, 3)).byte()
+
+
+def dice_of(value):
+    """Every random number of augment() is value, in 0..1."""
+    return mock.patch.object(torch, "rand", lambda *shape, device: torch.full(shape, value))
+
+
+def test_data_augment_is_a_function_of_the_generator():
+    x = noise()
+    close(data.augment(x, NO_CHANGE), data.normalise(x), 1e-6)
     torch.manual_seed(3)
-    a, b = data.augment(x, every), data.augment(x, every)
+    first, second = data.augment(x, STRONG), data.augment(x, STRONG)
+    assert not torch.equal(first, second) and first.abs().max() <= 1
     torch.manual_seed(3)
-    assert torch.equal(a, data.augment(x, every)) and not torch.equal(a, b) and a.abs().max() <= 1
+    assert torch.equal(first, data.augment(x, STRONG))
     torch.manual_seed(3)
-    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):      # the product that the compiler fuses
-        close(data.augment(x, every, look=lambda *rows: data.pixels(*rows)), a, 1e-6)
-    ramp = torch.arange(32, dtype=torch.uint8).mul(8).view(1, 32, 1, 1).expand(200, 32, 32, 3)  # bright below
-    up, down = data.augment(ramp, every | {"erase": 0}).mean((1, 3))[:, [4, 27]].T
-    assert (down > up).all()                                                    # never upside down
-    with mock.patch.object(torch, "rand", lambda *s, **k: torch.full(s, 0.9)):  # dice: 0.8 in -1..1
-        blocks = x[:, :8, :8].repeat_interleave(4, 1).repeat_interleave(4, 2)   # the mean grey is of every fourth pixel
-        for name in ("brightness", "contrast", "saturation"):
-            theirs = getattr(T, f"adjust_{name}")(blocks.permute(0, 3, 1, 2).float() / 255, 1 + 0.8 * 0.5) * 2 - 1
-            close(data.augment(blocks, none | {name: 0.5}), theirs, 3e-3, name)
-        ours = data.augment(x, none | dict(rotate=20, shift=0.1, zoom=0.2))
-    turn, shift = math.radians(0.8 * 20), torch.full((2, 1), 2 * 0.8 * 0.1)
-    theta = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) * 1.2 ** 0.8
-    grid = F.affine_grid(torch.cat([theta, shift], 1).expand(64, 2, 3), (64, 3, 32, 32), align_corners=False)
-    theirs = F.grid_sample(plain, grid, "nearest", "border", align_corners=False)
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):       # the product that the compiler fuses
+        close(data.augment(x, STRONG, kernel=lambda *rows: data.augment_kernel(*rows)), first, 1e-6)
+
+
+def test_data_augment_mirrors_but_never_turns_upside_down():
+    x = noise()
+    close(data.augment(x, NO_CHANGE | {"mirror": 1}), data.normalise(x).flip(3), 1e-4)
+    ramp = torch.arange(0, 256, 8).byte().view(1, 32, 1, 1)     # bright below
+    ramp = ramp.expand(200, 32, 32, 3)
+    rows = data.augment(ramp, STRONG | {"erase": 0}).mean((1, 3))
+    assert (rows[:, 27] > rows[:, 4]).all()
+
+
+def test_data_augment_changes_colours_as_torchvision_does():
+    blocks = noise()[:, :8, :8].repeat_interleave(4, 1).repeat_interleave(4, 2)     # mean grey: every fourth pixel's
+    for name in ("brightness", "contrast", "saturation"):
+        with dice_of(0.9):                                  # 0.8 in -1..1
+            ours = data.augment(blocks, NO_CHANGE | {name: 0.5})
+        adjust = getattr(torchvision.transforms.functional, f"adjust_{name}")
+        theirs = adjust(blocks.permute(0, 3, 1, 2) / 255, 1 + 0.8 * 0.5)
+        close(ours, theirs * 2 - 1, 3e-3, name)
+
+
+def test_data_augment_moves_pixels_as_grid_sample_does():
+    x = noise()
+    with dice_of(0.9):
+        ours = data.augment(x, NO_CHANGE | dict(rotate=20, shift=0.1, zoom=0.2))
+    angle, shift = math.radians(0.8 * 20), 2 * 0.8 * 0.1
+    cos, sin = math.cos(angle) * 1.2 ** 0.8, math.sin(angle) * 1.2 ** 0.8
+    theta = torch.tensor([[cos, -sin, shift], [sin, cos, shift]]).expand(64, 2, 3)
+    grid = F.affine_grid(theta, (64, 3, 32, 32), align_corners=False)
+    theirs = F.grid_sample(data.normalise(x), grid, "nearest", "border", align_corners=False)
     assert ((ours - theirs).abs() < 1e-5).double().mean() > 0.998
-    erased = (data.augment(x, none | {"erase": 1}) == 0).all(1).flatten(1).double().mean(1)
-    assert (erased > 0.005).all() and (erased < 0.17).all()
 
 
-def test_data_order():
+def test_data_augment_erases_a_box():
+    grey = (data.augment(noise(), NO_CHANGE | {"erase": 1}) == 0).all(1)
+    share = grey.double().mean((1, 2))
+    assert (share > 0.005).all() and (share < 0.17).all()
+
+
+def test_data_epoch_batches_are_a_permutation_by_seed_and_epoch():
+    labels, rows = np.zeros(130, int), np.arange(130)
+    batches = data.epoch_batches(labels, rows, 16, 0, 0)
+    assert batches.shape == (8, 16) and len(np.unique(batches)) == 128
+    assert (batches == data.epoch_batches(labels, rows, 16, 0, 0)).all()
+    assert (batches != data.epoch_batches(labels, rows, 16, 0, 1)).any()
+    assert data.epoch_batches(labels, rows[:5], 16, 0, 0).shape == (1, 5)       # fewer images than a batch
+
+
+def test_data_epoch_batches_of_k_images_a_person_leave_nobody_out():
     labels = np.repeat(np.arange(30), [1] * 10 + [3] * 10 + [9] * 10)
-    rows = np.arange(len(labels))
-    plain = train.order(labels, rows, 16, 0, 0)
-    assert plain.shape == (8, 16) and len(np.unique(plain)) == 128
-    assert (plain == train.order(labels, rows, 16, 0, 0)).all() and (plain != train.order(labels, rows, 16, 0, 1)).any()
-    assert train.order(labels, rows[:5], 16, 0, 0).shape == (1, 5)              # fewer images than a batch
-    epochs = [train.order(labels, rows, 16, 0, e, per_person=4) for e in range(30)]
-    assert all((labels[e.reshape(-1, 4)] == labels[e.reshape(-1, 4)[:, :1]]).all() for e in epochs)
-    assert set(np.concatenate(epochs).ravel()) == set(rows)                     # nobody is left out for good
+    rows, seen = np.arange(130), set()
+    for epoch in range(30):
+        groups = data.epoch_batches(labels, rows, 16, 0, epoch, per_person=4).reshape(-1, 4)
+        assert (labels[groups] == labels[groups[:, :1]]).all()
+        seen.update(groups.ravel())
+    assert seen == set(rows)
 
 
-def test_data_homework_classes(tmp):
+def test_data_homework_classes_work_in_a_data_loader(tmp):
     homework(tmp)
     T = torchvision.transforms
-    t = T.Compose([T.Resize((32, 32)), T.ToTensor()])
-    for dataset, shape, want in (
-            (data.ImageDataset(tmp / "cls_data/train", t), (4, 3, 32, 32), [3, 3, 7, 9]),
-            (data.ImagePairDataset(tmp / "ver_data", tmp / "val_pairs.txt", t), (2, 3, 32, 32), [1, 0])):
-        *images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
-        assert [x.shape for x in images] == [shape] * len(images) and labels.tolist() == want
+    transform = T.Compose([T.Resize((32, 32)), T.ToTensor()])
+    images = data.ImageDataset(tmp / "cls_data/train", transform)
+    pairs = data.ImagePairDataset(tmp / "ver_data", tmp / "val_pairs.txt", transform)
+    x, labels = next(iter(torch.utils.data.DataLoader(images, batch_size=4)))
+    assert x.shape == (4, 3, 32, 32) and labels.tolist() == [3, 3, 7, 9]
+    one, two, match = next(iter(torch.utils.data.DataLoader(pairs, batch_size=4)))
+    assert one.shape == two.shape == (2, 3, 32, 32) and match.tolist() == [1, 0]
 
 
-def test_data_synthetic_faces_are_a_real_task(tmp):
+def test_data_synthesise_writes_the_same_set_for_a_seed(tmp):
     for name in "ab":
         data.synthesise(tmp / name, people=8, images=2, size=32)
+    files = [path.relative_to(tmp / "a") for path in (tmp / "a").rglob("*.*")]
+    assert len(files) > 16
+    for file in files:
+        assert (tmp / "a" / file).read_bytes() == (tmp / "b" / file).read_bytes()
     before = (tmp / "b/answers.txt").stat()
-    data.synthesise(tmp / "b", people=8, images=1, size=32)                     # another was first: its set stays
+    data.synthesise(tmp / "b", people=8, images=1, size=32)         # another was first: its set stays
     assert (tmp / "b/answers.txt").stat() == before and len(list(tmp.iterdir())) == 2
-    files = [p.relative_to(tmp / "a") for p in (tmp / "a").rglob("*") if p.is_file()]
-    assert len(files) > 16 and all((tmp / "a" / f).read_bytes() == (tmp / "b" / f).read_bytes() for f in files)
+
+
+def test_data_synthetic_faces_are_a_real_task():
+    """Raw pixels, with or without their mean, do not tell people apart."""
     pairs = data.load(faces()).val_pairs
-    x = torch.from_numpy(np.stack([data.decode(f, 32) for f in pairs.files])).float().flatten(1)
+    images = np.stack([data.decode(file, 32) for file in pairs.files])
+    x = torch.from_numpy(images).float().flatten(1)
     for z in (x, x - x.mean(1, keepdim=True)):
         assert eer.eer(pairs.labels, verify.score(F.normalize(z), pairs))[0] > 0.25
 
 
-# ---- train.py and verify.py ----------------------------------------------------------------------------------
+# ---- train.py ------------------------------------------------------------------------------------------------
 
 def test_train_writes_what_it_promises(tmp):
     out, _ = tiny(tmp, "--crop", 0.8)
     folder = tmp / "runs/arcface_swiftface"
-    rows = list(csv.DictReader((folder / "log.csv").open()))
-    assert [r["epoch"] for r in rows] == ["1", "2"] and list(rows[0]) == list(train.COLUMNS) and "first loss" in out
-    assert all(math.isfinite(float(v)) for r in rows for v in r.values())
+    rows = read_csv(folder / "log.csv")
+    assert [r["epoch"] for r in rows] == ["1", "2"]
+    assert list(rows[0]) == list(train.COLUMNS)
+    assert "first loss" in out
+    for row in rows:
+        assert all(math.isfinite(float(v)) for v in row.values())
     assert (tmp / "best.pt").resolve() == (folder / "best.pt").resolve()
     assert not verify.load(folder / "last.pt")["sums"].any()                    # each epoch's loss is its own
-    best = verify.load(tmp / "best.pt")["best"]
-    assert best == min(float(r["eer"]) for r in rows)
-    out, _ = run(verify, cwd=tmp)                                               # --ckpt best.pt is the default
-    assert f"EER {100 * best:.2f} %" in out
-    assert {f.name.split("-")[0] for f in (faces() / ".packs").glob("*-32x08-*.npy")} > {"train", "val_pairs"}
-    pairs, kept = data.load(faces()).val_pairs, verify.load(tmp / "best.pt")["val"]["scores"]
-    out, _ = run(verify, pairs.files[pairs.left[0]], pairs.files[pairs.right[0]], cwd=tmp)      # the pair's own score
-    close(float(out.split()[1].strip(":;")), float(kept[0]), 1e-4)
-    head, *lines = (tmp / "submission.csv").read_text().splitlines()
-    wanted = len((faces() / "test_pairs.txt").read_text().splitlines())
-    assert head == "ID,Label" and [line.split(",")[0] for line in lines] == [str(i) for i in range(wanted)]
+    assert verify.load(tmp / "best.pt")["best"] == min(float(r["eer"]) for r in rows)
+    packs = (faces() / ".packs").glob("*-32x08-*.npy")
+    assert {f.name.split("-")[0] for f in packs} > {"train", "val_pairs"}
     tiny(tmp, epochs=1)                                                         # a second run takes its own folder
     assert (tmp / "runs/arcface_swiftface_2/best.pt").exists()
     tiny(tmp, "--out", folder, code=2)
-    assert list(csv.DictReader((folder / "log.csv").open())) == rows
+    assert read_csv(folder / "log.csv") == rows
+
+
+def test_verify_follows_the_checkpoint_that_train_wrote(tmp):
+    tiny(tmp, "--crop", 0.8)
+    ckpt = verify.load(tmp / "best.pt")
+    out, _ = run(verify, cwd=tmp)                                               # --ckpt best.pt is the default
+    assert f"EER {100 * ckpt['best']:.2f} %" in out
+    pairs = data.load(faces()).val_pairs
+    out, _ = run(verify, pairs.files[pairs.left[0]], pairs.files[pairs.right[0]], cwd=tmp)
+    score = out.split()[1].strip(":;")
+    close(float(score), float(ckpt["val"]["scores"][0]), 1e-4)
+    head, *lines = (tmp / "submission.csv").read_text().splitlines()
+    wanted = len((faces() / "test_pairs.txt").read_text().splitlines())
+    assert head == "ID,Label"
+    assert [line.split(",")[0] for line in lines] == [str(i) for i in range(wanted)]
 
 
 RUNS = {"sgd, margin": ("--opt", "sgd"), "adamw, buffers, ema": ("--lr", "1e-3", "--loss", "curricular", "--ema", ".9"),
@@ -528,8 +801,11 @@ def same(a, b, path=""):
         assert len(a) == len(b), path
         for i, (u, v) in enumerate(zip(a, b)):
             same(u, v, f"{path}/{i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), f"{path}: {a} != {b}"
     else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b or a != a, f"{path}: {a} != {b}"
+        both_nan = a != a and b != b
+        assert a == b or both_nan, f"{path}: {a} != {b}"
 
 
 def interrupted(number, step):
@@ -546,20 +822,22 @@ def interrupted(number, step):
 def test_train_resumed_equals_uninterrupted(tmp):
     """After --steps, and after SIGINT and SIGTERM, which finish the step, save and say how to go on."""
     stops = (1, None), (2, signal.SIGINT), (3, None), (5, signal.SIGTERM)       # of 6 steps; 3 is an epoch's end
-    with mock.patch.dict(models.CONVNEXT, atto=((1, 1, 1, 1), 16, 0.5)):                        # small, drops much
-        for i, ((name, flags), (step, number)) in enumerate(zip(RUNS.items(), stops)):
-            whole, parts = f"whole{i}", f"parts{i}"
+    with mock.patch.dict(models.CONVNEXT, atto=((1, 1, 1, 1), 16, 0.5)):        # small, drops much
+        for (name, flags), (step, number) in zip(RUNS.items(), stops):
+            whole, parts = tmp / name / "whole", tmp / name / "parts"
             tiny(tmp, *flags, "--out", whole)
             if number:
                 with interrupted(number, step):
-                    assert f"--resume --out {parts}" in tiny(tmp, *flags, "--out", parts, code=130)[0]
+                    out, _ = tiny(tmp, *flags, "--out", parts, code=130)
+                assert f"--resume --out {parts}" in out
             else:
                 tiny(tmp, *flags, "--out", parts, "--steps", step)
-            assert verify.load(tmp / parts / "last.pt")["step"] == step
+            assert verify.load(parts / "last.pt")["step"] == step
             run(train, "--resume", "--out", parts, "--steps", 99, cwd=tmp)
             for file in ("last.pt", "best.pt"):
-                same(verify.load(tmp / whole / file), verify.load(tmp / parts / file), f"{name}: {file}")
-    _, err = run(train, "--resume", "--out", "parts0", "--lr", ".5", "--seed", 3, cwd=tmp, code=2)
+                same(verify.load(whole / file), verify.load(parts / file), f"{name}: {file}")
+    parts = tmp / "sgd, margin/parts"
+    _, err = run(train, "--resume", "--out", parts, "--lr", ".5", "--seed", 3, cwd=tmp, code=2)
     assert "--lr" in err and "--seed" in err and "--loss" not in err
 
 
@@ -571,72 +849,110 @@ class NoCopies(TorchDispatchMode):
         return out
 
 
+@contextlib.contextmanager
+def waits_counted():
+    """A list of the calls that would wait for a GPU."""
+    calls = []
+
+    def counted(name):
+        real = getattr(torch.Tensor, name)
+
+        def call(tensor, *args):
+            calls.append(name)
+            return real(tensor, *args)
+        return mock.patch.object(torch.Tensor, name, call)
+    with contextlib.ExitStack() as stack:
+        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
+            stack.enter_context(counted(name))
+        yield calls
+
+
 def test_train_does_not_wait_for_the_device(tmp):
     """No .item(), float(), int() or bool() of a tensor per step, no numbers copied there: on a GPU each would wait."""
+    strongest = {name: long for name, (_, long, _) in data.AUGMENT.items()}
     with FakeTensorMode(), NoCopies():                      # a GPU of which only the shapes are there
         x = torch.empty(8, 32, 32, 3, dtype=torch.uint8, device="cuda")
-        assert data.augment(x, {name: long for name, (_, long, _) in data.AUGMENT.items()}).device.type == "cuda"
+        assert data.augment(x, strongest).device.type == "cuda"
     counts = []
+    nothing = verify.Evaluation({}, {}, {})
     for steps in (1, 2):
-        calls = []
-        with mock.patch.object(verify, "evaluate", lambda *a: {}), contextlib.ExitStack() as stack:
-            for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
-                real = getattr(torch.Tensor, name)
-                stack.enter_context(mock.patch.object(
-                    torch.Tensor, name, lambda t, *a, real=real, name=name: calls.append(name) or real(t, *a)))
+        with mock.patch.object(verify, "evaluate", lambda *a: nothing), waits_counted() as calls:
             tiny(tmp, "--out", f"n{steps}", "--steps", steps, "--ema", ".9", "--loss", "adaface")
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0, counts
+
+
+def plain_loop(images, labels, epochs):
+    """(net, average, head) after SGD with Nesterov momentum, by a loop without any of train.py's helpers."""
+    strength = {name: short for name, (short, _, _) in data.AUGMENT.items()}
+    torch.manual_seed(0)
+    net = models.make("swiftface", 16, 32).to(memory_format=torch.channels_last)
+    head = losses.make("cosface", 16, 10, images=len(images))
+    params, average = [*net.parameters(), *head.parameters()], copy.deepcopy(net)
+    speed = [torch.zeros_like(p) for p in params]
+    for step, index in enumerate(np.concatenate(epochs)):
+        train.seed_step(0, step, 0)
+        x = data.augment(torch.from_numpy(images[index]), strength)
+        loss = head(net(x), torch.from_numpy(labels[index]))
+        grads = torch.autograd.grad(loss, params)
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert norm > 0.5
+        lr = 0.02
+        if step > 0:
+            lr *= 0.5 + 0.5 * math.cos(math.pi * (step - 1) / 5)
+        with torch.no_grad():
+            for p, g, v in zip(params, grads, speed):
+                g = g * 0.5 / norm
+                if p.ndim > 1:
+                    g = g + 5e-4 * p
+                v.mul_(0.9).add_(g)
+                p -= lr * (g + 0.9 * v)
+            for a, w in zip(average.parameters(), net.parameters()):
+                a.lerp_(w, 9 / (10 + step))
+    return net, average, head
 
 
 def test_train_steps_as_a_plain_loop_does(tmp):
     """Schedule, decay, clipping, moving average, saving: six steps against a loop without any of train.py's helpers."""
     with mock.patch.object(data, "write", wraps=data.write) as write:
         tiny(tmp, "--loss", "cosface", "--opt", "sgd", "--clip", 0.5, "--ema", 0.9, "--save-every", 0, "--out", "run")
-    assert [c.args[0].name for c in write.call_args_list].count("last.pt") == 1 + 6 + 2     # start, steps, epochs
-    ckpt, (files, labels) = verify.load(tmp / "run/last.pt"), data.load(faces()).train
-    images, strength = np.stack([data.decode(f, 32) for f in files]), {k: v[0] for k, v in data.AUGMENT.items()}
-    torch.manual_seed(0)
-    net = models.make("swiftface", 16, 32).to(memory_format=torch.channels_last)
-    head = losses.make("cosface", 16, 10, images=len(files))
-    params, average = [*net.parameters(), *head.parameters()], copy.deepcopy(net)
-    speed = [torch.zeros_like(p) for p in params]
-    todo = np.concatenate([train.order(labels, np.arange(len(files)), 16, 0, epoch) for epoch in (0, 1)])
-    for step, index in enumerate(todo):
-        train.dice(0, step, 0)
-        x = data.augment(torch.from_numpy(images[index]), strength)
-        grads = torch.autograd.grad(head(net(x), torch.from_numpy(labels[index])), params)
-        norm = torch.cat([g.flatten() for g in grads]).norm()
-        assert norm > 0.5
-        lr = 0.02 * (1 if step == 0 else 0.5 + 0.5 * math.cos(math.pi * (step - 1) / 5))
-        with torch.no_grad():
-            for p, g, v in zip(params, grads, speed):
-                g = g * 0.5 / norm + (5e-4 * p if p.ndim > 1 else 0)
-                v.mul_(0.9).add_(g)
-                p -= lr * (g + 0.9 * v)
-            for a, w in zip(average.parameters(), net.parameters()):
-                a.lerp_(w, 9 / (10 + step))
+    written = [call.args[0].name for call in write.call_args_list]
+    assert written.count("last.pt") == 1 + 6 + 2            # start, steps, epochs
+    files, labels = data.load(faces()).train
+    images = np.stack([data.decode(f, 32) for f in files])
+    epochs = [data.epoch_batches(labels, np.arange(len(files)), 16, 0, epoch) for epoch in (0, 1)]
+    net, average, head = plain_loop(images, labels, epochs)
+    ckpt = verify.load(tmp / "run/last.pt")
     for kind, module in (("model", net), ("ema", average), ("loss", head)):
         for name, value in module.named_parameters():
             close(ckpt[kind][name], value, 1e-4, (kind, name))
+
+
+def test_train_follows_the_size_of_the_set_and_logs_a_first_epoch_cut_short(tmp):
     tiny(tmp, "--steps", 1, "--out", "adam")
     assert verify.load(tmp / "adam/last.pt")["args"]["weight_decay"] == 1       # few images
-    assert (tmp / "adam/log.csv").read_text().splitlines()[1].startswith("1,1,")     # stopped in the first epoch
+    assert (tmp / "adam/log.csv").read_text().splitlines()[1].startswith("1,1,")
 
 
-def test_train_half_precision(tmp):
-    """By the hardware, and in the backbone alone; scaling the loss changes neither clipping nor step."""
+def test_train_amp_auto_follows_the_hardware():
     for fast, generation, cpu, gpu in (True, (8, 0), "bf16", "bf16"), (False, (7, 5), "off", "fp16"):
         with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", lambda: fast, create=True), \
                 mock.patch.object(torch.cuda, "get_device_capability", lambda device: generation):
             assert [train.precision(torch.device(d)) for d in ("cpu", "cuda")] == [cpu, gpu]
+
+
+def test_train_half_precision_is_the_backbones_alone(tmp):
+    """Scaling the loss changes neither clipping nor step."""
     real, moved = losses.Loss.forward, {}
     torch.manual_seed(0)
     start = models.make("swiftface", 16, 32).state_dict()
     for amp, dtype in ("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16):
         seen, scaler = [], functools.partial(torch.amp.GradScaler, init_scale=64.0)
-        with mock.patch.object(torch.amp, "GradScaler", scaler), mock.patch.object(
-                losses.Loss, "forward", lambda m, x, y: seen.append(x.dtype) or real(m, x, y)):
+
+        def forward(module, x, y):
+            seen.append(x.dtype)
+            return real(module, x, y)
+        with mock.patch.object(torch.amp, "GradScaler", scaler), mock.patch.object(losses.Loss, "forward", forward):
             tiny(tmp, "--amp", amp, "--clip", 0.01, "--opt", "sgd", "--lr", 1, "--steps", 1, "--out", amp)
         assert seen == [dtype]
         after = verify.load(tmp / amp / "last.pt")["model"]
@@ -647,9 +963,15 @@ def test_train_half_precision(tmp):
 
 def test_train_names_a_loss_that_is_not_finite(tmp):
     real, calls = losses.Loss.forward, itertools.count(1)
-    for out, step, forward in (
-            ("nan", 5, lambda *a: real(*a) * (math.nan if next(calls) == 5 else 1)),
-            ("slope", 1, lambda *a: real(*a) + (0 * a[1].square().sum()).sqrt())):      # only the gradient is infinite
+
+    def nan_at_step_5(*args):
+        factor = math.nan if next(calls) == 5 else 1
+        return real(*args) * factor
+
+    def infinite_slope(module, x, y):
+        return real(module, x, y) + (0 * x.square().sum()).sqrt()
+
+    for out, step, forward in ("nan", 5, nan_at_step_5), ("slope", 1, infinite_slope):
         with mock.patch.object(losses.Loss, "forward", forward):
             _, err = tiny(tmp, "--out", out, "--steps", step, code=2)
         ckpt = verify.load(tmp / out / "last.pt")
@@ -673,17 +995,25 @@ def test_train_loses_nothing_it_saved(tmp):
     assert whole == {f.name: f.read_bytes() for f in (tmp / "a").iterdir()}
     (tmp / "a/last.pt.1.tmp").touch()
     run(train, *more, cwd=tmp)
+    assert not list(tmp.glob("a/*.tmp")) and len(read_csv(tmp / "a/log.csv")) == 2
+
+
+def test_train_links_best_and_leaves_the_users_own_file_alone(tmp):
+    best = SimpleNamespace(out=tmp / "run", best_is_copied=False)
+    best.out.mkdir()
     with contextlib.chdir(tmp), mock.patch.object(os, "symlink", full):         # a file system without links
-        os.unlink("best.pt"), Path("best.pt").write_text("the user's own")
-        assert not train.link(tmp / "a/best.pt") and Path("best.pt").read_text() == "the user's own"
+        Path("best.pt").write_text("the user's own")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            train.link_best(best)
+        assert "stays as it is" in out.getvalue() and Path("best.pt").read_text() == "the user's own"
         os.unlink("best.pt")
-        assert train.link(tmp / "a/log.csv") and train.link(tmp / "a/best.pt")
-        assert Path("best.pt").read_bytes() == (tmp / "a/best.pt").read_bytes()
-    train.link.__defaults__[0].clear()
-    assert not list(tmp.glob("a/*.tmp")) and len((tmp / "a/log.csv").read_text().splitlines()) == 3
+        for content in ("first", "second"):                 # a copy of ours is replaced by the next
+            (best.out / "best.pt").write_text(content)
+            train.link_best(best)
+            assert Path("best.pt").read_text() == content
 
 
-def test_train_twice_at_once(tmp):
+def test_train_twice_at_once_decodes_once(tmp):
     """Two processes, one new data set: one pack, two folders, the same result."""
     shutil.copytree(faces(), tmp / "set", ignore=shutil.ignore_patterns(".packs"))
 
@@ -696,7 +1026,7 @@ def test_train_twice_at_once(tmp):
     assert len(list(tmp.glob("set/.packs/*.npy"))) == 3 and not list(tmp.rglob("*.tmp"))
 
 
-def test_train_fine_tunes(tmp):
+def test_train_fine_tunes_another_runs_backbone(tmp):
     tiny(tmp, "--loss", "ce", "--out", "first", epochs=1)
     other = verify.load(tmp / "first/best.pt")              # of other people and another loss: only the backbone counts
     torch.save(other | {"names": ["Ann", "Bo"], "loss": {}}, tmp / "first/best.pt")
@@ -714,20 +1044,25 @@ def test_train_fine_tunes(tmp):
     assert "--init" in tiny(tmp, "--freeze", code=2)[1]
 
 
-def test_train_spares_scalars_from_decay_and_follows_the_schedule(tmp):
+def test_train_spares_norms_biases_and_scalars_from_decay(tmp):
     with mock.patch.object(torch.optim, "SGD", side_effect=torch.optim.SGD) as sgd:
         tiny(tmp, "--loss", "normface", "--opt", "sgd", epochs=1)
     decayed, spared = sgd.call_args.args[0]
-    assert sum(p.numel() for g in (decayed, spared) for p in g["params"]) > 3e5 and len(decayed["params"]) > 10
-    assert all(p.ndim > 1 for p in decayed["params"]) and decayed["weight_decay"] > 0
-    assert all(p.ndim <= 1 for p in spared["params"]) and spared["weight_decay"] == 0
+    assert sum(p.numel() for g in (decayed, spared) for p in g["params"]) > 3e5
+    assert len(decayed["params"]) > 10 and decayed["weight_decay"] > 0 and spared["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim <= 1 for p in spared["params"])
     assert any(p.ndim == 0 for p in spared["params"])                           # the learned scale
-    shares = [train.rate(i, 100, 0.1) for i in range(100)]
-    assert shares[0] == 0.1 and max(shares) == shares[9] == 1 and shares[10:] == sorted(shares[10:], reverse=True)
+
+
+def test_train_learning_rate_warms_up_then_falls_as_a_cosine():
+    shares = [train.lr_factor(i, 100, 0.1) for i in range(100)]
+    assert shares[0] == 0.1 and max(shares) == shares[9] == 1
+    assert shares[10:] == sorted(shares[10:], reverse=True)
     close(shares[55], 0.5)
 
 
-def test_train_refuses(tmp):
+def test_train_refuses_in_one_line_before_any_work(tmp):
     (tmp / "file").touch()
     for fragment, *flags in (
             ("--lr", "--lr", -1), ("--lr", "--lr", "nan"), ("--lr", "--lr", "inf"), ("--lr", "--lr"),
@@ -743,54 +1078,74 @@ def test_train_refuses(tmp):
         _, err = tiny(tmp, *flags, code=2)
         assert fragment in err, (flags, err)
     assert not (tmp / "runs").exists() and not (tmp / "best.pt").exists()
-    (tmp / "taken").mkdir(), (tmp / "taken/last.pt").touch()
+    (tmp / "taken").mkdir()
+    (tmp / "taken/last.pt").touch()
     shutil.copytree(faces(), tmp / "new", ignore=shutil.ignore_patterns(".packs"))
     with mock.patch.object(shutil, "which", lambda name: None):
         for fragment, *flags in (("C++ compiler", "--compile"), ("holds a run", "--out", "taken"),
                                  ("--init", "--freeze")):
             assert fragment in run(train, "--data", "new", *flags, cwd=tmp, code=2)[1]
     assert not (tmp / "new/.packs").exists()                # before minutes of decoding
+
+
+def test_train_out_of_memory_is_one_line_and_other_runtime_errors_keep_their_trace(tmp):
     with mock.patch.object(data, "load", lambda *a: torch.empty(1 << 50)):
-        assert "out of memory" in run(train, "--data", "new", cwd=tmp, code=2)[1]
+        assert "out of memory" in run(train, "--data", faces(), cwd=tmp, code=2)[1]
     illegal = mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
     try:
         data.cli(illegal)
     except (RuntimeError, SystemExit) as e:
         ended = e
-    assert isinstance(ended, RuntimeError)                  # not a lack of memory: the trace is wanted
+    assert isinstance(ended, RuntimeError)
 
 
-def test_verify_refuses_strange_checkpoints(tmp):
+# ---- verify.py: checkpoints, embeddings, scores ----------------------------------------------------------------
+
+def strange_checkpoints(folder):
+    """Names of files in folder that are no checkpoints of ours; one of them would make folder/executed if run."""
     class Evil:
         def __reduce__(self):
-            return os.mkdir, (str(tmp / "executed"),)
+            return os.mkdir, (str(folder / "executed"),)
 
+    (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"x": Evil()}, folder / "evil2.pt")
+    torch.save({"state_dict": {}}, folder / "other.pt")
+    torch.save({"face_checkpoint": 99}, folder / "newer.pt")
+    torch.save({"face_checkpoint": 1, "x": torch.zeros(9999)}, folder / "bare.pt")
+    (folder / "cut.pt").write_bytes((folder / "bare.pt").read_bytes()[:9000])
+    (folder / "none.pt").touch()
+    return "evil.pt", "evil2.pt", "other.pt", "newer.pt", "bare.pt", "cut.pt", "none.pt"
+
+
+def test_verify_and_train_refuse_strange_checkpoints_in_one_line(tmp):
+    def refused(script, *argv):
+        assert argv[-1] in run(script, *argv, cwd=tmp, code=2)[1]
+
+    start = "--data", faces(), "--arch", "mobilefacenet", "--size", 32
+    names = strange_checkpoints(tmp)
     (tmp / "run").mkdir()
-    (tmp / "evil.pt").write_bytes(pickle.dumps(Evil()))
-    for name, content in (("evil2", {"x": Evil()}), ("other", {"state_dict": {}}), ("newer", {"face_checkpoint": 99}),
-                          ("bare", {"face_checkpoint": 1, "x": torch.zeros(9999)})):
-        torch.save(content, tmp / f"{name}.pt")
-    (tmp / "cut.pt").write_bytes((tmp / "bare.pt").read_bytes()[:9000])
-    (tmp / "none.pt").touch()
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)        # a warning would be a line of its own
-        for name in ("missing", "evil", "evil2", "other", "newer", "cut", "bare", "none"):
-            if name != "missing":
-                shutil.copy(tmp / f"{name}.pt", tmp / "run/last.pt")
-            for script, *argv in ((verify, "--ckpt", f"{name}.pt"), (train, "--resume", "--out", "run"), (
-                    train, "--data", faces(), "--arch", "mobilefacenet", "--size", 32, "--init", f"{name}.pt")):
-                assert argv[-1] in run(script, *argv, cwd=tmp, code=2)[1], (name, argv)
+        for name in ("missing.pt", *names):
+            with case(name):
+                if name in names:
+                    shutil.copy(tmp / name, tmp / "run/last.pt")
+                refused(verify, "--ckpt", name)
+                refused(train, "--resume", "--out", "run")
+                refused(train, *start, "--init", name)
     assert not (tmp / "executed").exists() and not (tmp / "runs").exists()
 
 
-def noise(n):
+def random_images(n):
     return np.random.default_rng(0).integers(0, 255, (n, 32, 32, 3), np.uint8)
 
 
-def test_verify_scores_are_the_same_in_any_batch_and_order():
+def test_verify_embeddings_are_the_same_in_any_batch_and_order():
     torch.manual_seed(0)
-    net, images = models.make("swiftface", 16, 32).eval(), noise(21)
-    z, x = verify.embed(net, images), data.normalise(torch.from_numpy(images))
+    net = models.make("swiftface", 16, 32).eval()
+    images = random_images(21)
+    x = data.normalise(torch.from_numpy(images))
+    z = verify.embed(net, images)
     close(z.norm(dim=1), np.ones(21), 1e-6)
     close(z, verify.embed(net, images, batch_size=4), 1e-5)
     close(z[[7, 2]], verify.embed(net, images, rows=np.array([7, 2])), 1e-5)
@@ -801,14 +1156,18 @@ def test_verify_scores_are_the_same_in_any_batch_and_order():
     raises("not finite", verify.embed, net, images)
 
 
-def test_verify_closed_set_and_submission(tmp):
-    labels, images, net = np.array([0, 0, 1, 2]), noise(4), models.make("swiftface", 16, 32).eval()
-    for spec in ("cosface", "triplet"):
-        criterion = losses.make(spec, 16, 3)
-        if criterion.weight is not None:
-            criterion.weight.data.copy_(verify.centroids(verify.embed(net, images), labels, 3))
-        known = images, labels, np.arange(4)
-        assert verify.closed_set(net, criterion, known, known, 3) == (1.0, 1.0), spec
+def test_verify_closed_set_knows_the_images_that_the_classes_were_made_of():
+    net, images = models.make("swiftface", 16, 32).eval(), random_images(4)
+    labels = np.array([0, 0, 1, 2])
+    known = data.ImageSet(images, labels, np.arange(4))
+    by_weight = losses.make("cosface", 16, 3)
+    by_weight.weight.data = verify.centroids(verify.embed(net, images), labels, 3)
+    by_centroid = losses.make("triplet", 16, 3)
+    assert verify.closed_set(net, by_weight, known, known, 3) == (1, 1)
+    assert verify.closed_set(net, by_centroid, known, known, 3) == (1, 1)
+
+
+def test_verify_submission_follows_the_sample_or_is_refused(tmp):
     (tmp / "sample_submission.csv").write_text("id,match\n0,0\n1,0\n")
     verify.write_submission(tmp / "s.csv", np.array([0.1, -1 / 3]), tmp)
     assert (tmp / "s.csv").read_text() == f"id,match\n0,0.1\n1,{-1 / 3!r}\n"
@@ -817,216 +1176,389 @@ def test_verify_closed_set_and_submission(tmp):
     assert not (tmp / "t.csv").exists()
 
 
-def test_verify_search_is_brute_force():
+def test_verify_metrics_are_what_their_names_say():
+    def scores(criterion, name):
+        _, similarity = verify.metric_of(criterion, name)
+        return verify.score(z, pairs, similarity)
+
+    torch.manual_seed(0)
+    z = F.normalize(torch.randn(4, 8))
+    pairs = data.Pairs(list("abcd"), np.arange(3), np.arange(1, 4), None)
+    siamese = losses.make("siamese", 8, 3)
+    distance_of_cosine = np.sqrt(2 - 2 * scores(losses.make("ce", 8, 3), "cosine"))
+    close(scores(siamese, "euclidean"), -distance_of_cosine, 1e-6)
+    tse = losses.make("tse:k=3", 8, 3)
+    for name in (None, "learned"):
+        close(scores(siamese, name), siamese.score(z[:3], z[1:]), 1e-6)
+        project, _ = verify.metric_of(tse, name)
+        assert project(z).shape == (4, 3)
+    assert verify.metric_of(tse, "cosine") == (None, None)
+    arcface = losses.make("arcface:s=30", 8, 3)
+    raises("arcface:s=30.0,m=0.3 learned no metric", verify.metric_of, arcface, "learned")
+
+
+# ---- verify.py: search -----------------------------------------------------------------------------------------
+
+def few_values(rng, *shape):
+    """Small integers: their products are exact in any order, and full of ties."""
+    return rng.integers(-2, 3, shape).astype(np.float32)
+
+
+def test_verify_search_is_brute_force_ties_included():
     rng = np.random.default_rng(0)
-    for case in range(60):                                  # small integers: exact in any order, and full of ties
-        n, p, k = rng.integers(1, 400), rng.integers(1, 9), rng.integers(1, 12)
-        gallery = rng.integers(-2, 3, (n, 4)).astype((np.float16, np.float32)[case % 2])
-        probes = rng.integers(-2, 3, (p, 4)).astype(np.float32)
-        every = probes @ gallery.T.astype(np.float32)
-        wanted = np.argsort(-every, axis=1, kind="stable")[:, :k]
-        scores, rows = verify.search(gallery, probes, k, block=int(rng.integers(1, 130)))
-        assert (rows == wanted).all() and (scores == np.take_along_axis(every, wanted, 1)).all(), case
-    scores, rows = verify.search(gallery, np.repeat(probes, 1100, 0)[:1100], 3)                 # two loads of probes
-    assert (rows == wanted[:1, :3]).all()
-    distance = verify.search(gallery, probes, 5, 64, lambda p, g: -(p - g).norm(dim=1))[0]
-    close(distance, -np.sort(np.linalg.norm(probes[:, None] - gallery, axis=2), 1)[:, :5], 1e-6)
+    for i in range(60):
+        gallery, probes = few_values(rng, rng.integers(1, 400), 4), few_values(rng, rng.integers(1, 9), 4)
+        k, block = rng.integers(1, [12, 130])
+        products = probes @ gallery.T
+        wanted = np.argsort(-products, axis=1, kind="stable")[:, :k]
+        if i % 2:
+            gallery = gallery.astype(np.float16)
+        scores, rows = verify.search(gallery, probes, k, block)
+        assert (rows == wanted).all(), i
+        assert (scores == np.take_along_axis(products, wanted, 1)).all(), i
 
 
-def test_verify_search_keeps_memory_bounded(tmp):
-    """From a memory map of 64 MB in float16 no more than a few blocks are ever in memory."""
-    if not Path("/proc/self/status").exists():
+def test_verify_search_takes_any_number_of_probes_and_any_similarity():
+    rng = np.random.default_rng(0)
+    gallery, probes = few_values(rng, 300, 4), few_values(rng, 8, 4)
+    _, rows = verify.search(gallery, np.repeat(probes[:1], 1100, 0), 3)         # more than are searched at once
+    wanted = np.argsort(-gallery @ probes[0], kind="stable")[:3]
+    assert len(rows) == 1100 and (rows == wanted).all()
+    scores, _ = verify.search(gallery, probes, 5, 64, lambda one, many: -(one - many).norm(dim=1))
+    distances = np.linalg.norm(probes[:, None] - gallery, axis=2)
+    close(scores, -np.sort(distances, 1)[:, :5], 1e-6)
+
+
+def test_verify_search_keeps_no_more_than_a_few_blocks_of_a_memory_map(tmp):
+    def measured(rows):
+        release_pages(rows)
+        resident.append(int(re.search(r"RssFile:\s+(\d+)", status.read_text())[1]))
+
+    status, resident, release_pages = Path("/proc/self/status"), [], data.release_pages
+    if not status.exists():
         raise Skip("no /proc to read the resident memory from")
-    rng, largest, forget = np.random.default_rng(0), [], data.forget
-    gallery = np.lib.format.open_memmap(tmp / "g.npy", "w+", np.float16, (1 << 20, 32))
+    rng = np.random.default_rng(0)
+    gallery = np.lib.format.open_memmap(tmp / "g.npy", "w+", np.float16, (1 << 20, 32))     # 64 MB
     where = rng.choice(len(gallery), 20, replace=False)
+    probes = rng.normal(size=(20, 32)).astype(np.float16)
     gallery[:] = 0
-    gallery[where] = probes = rng.normal(size=(20, 32)).astype(np.float16)
+    gallery[where] = probes
     gallery.flush()
     del gallery
-
-    def resident(rows):
-        forget(rows)
-        largest.append(int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
-
-    with mock.patch.object(data, "forget", resident):
-        rows = verify.search(np.load(tmp / "g.npy", mmap_mode="r"), probes.astype(np.float32), 1)[1]
-    assert (rows[:, 0] == where).all() and len(largest) == 256
-    assert max(largest) - largest[0] < 16 << 10, largest    # KB; all of the map would be 64 MB
+    with mock.patch.object(data, "release_pages", measured):
+        mapped = np.load(tmp / "g.npy", mmap_mode="r")
+        _, rows = verify.search(mapped, probes.astype(np.float32), 1)
+    assert (rows[:, 0] == where).all()
+    assert len(resident) == 256
+    assert max(resident) - resident[0] < 16 << 10, resident                     # KB
 
 
-def test_verify_metrics():
-    torch.manual_seed(0)
-    pairs, z = data.Pairs(list("abcd"), np.array([0, 1, 2]), np.array([1, 2, 3]), None), F.normalize(torch.randn(4, 8))
-
-    def scores(spec, name):
-        return verify.score(z, pairs, verify.metric_of(losses.make(spec, 8, 3), name)[1])
-
-    close(scores("siamese", "euclidean"), -np.sqrt(2 - 2 * scores("ce", "cosine")), 1e-6)
-    siamese, tse = losses.make("siamese", 8, 3), losses.make("tse:k=3", 8, 3)
-    for name in (None, "learned"):
-        close(verify.score(z, pairs, verify.metric_of(siamese, name)[1]), siamese.score(z[:3], z[1:]), 1e-6)
-        assert verify.metric_of(tse, name)[0](z).shape == (4, 3)
-    assert verify.metric_of(tse, "cosine") == (None, None)
-    raises("arcface:s=30.0,m=0.3 learned no metric", verify.metric_of, losses.make("arcface:s=30", 8, 3), "learned")
+def detection_rate(scores, right, mated, far):
+    """Brute force: the most mated probes whose first match is right and above a threshold that keeps the rate."""
+    others, best = scores[~mated], 0
+    for threshold in [*others, *(others - 1)]:
+        if np.mean(others > threshold) <= far:
+            best = max(best, np.mean(right & (scores[mated] > threshold)))
+    return best
 
 
-def test_verify_identification_by_brute_force():
+def test_verify_identification_rates_are_brute_force():
     rng = np.random.default_rng(0)
-    for case in range(20):
-        scores, hits, mated = rng.normal(size=90).round(1), rng.random((90, 5)) < 0.3, rng.random(90) < 0.6
+    for _ in range(20):
+        scores = rng.normal(size=90).round(1)
+        hits, mated = rng.random((90, 5)) < 0.3, rng.random(90) < 0.6
         hits &= (hits.cumsum(1) == 1) & mated[:, None]
-        got, others = verify.identification(scores, hits, mated), np.sort(scores[~mated])[::-1]
-        close(got["rank1"], hits[mated, 0].sum() / mated.sum())
-        close(got["rank5"], hits.any(1).sum() / mated.sum())
-        for far, name in ((1e-3, "1e-3"), (1e-2, "1e-2"), (1e-1, "1e-1")):
-            wanted = max(np.mean(hits[mated, 0] & (scores[mated] > t)) for t in np.r_[others, others - 1]
-                         if np.mean(others > t) <= far)
-            value = got[f"dir@far={name}"]
-            assert math.isnan(value) if far * len(others) < 1 else abs(value - wanted) < 1e-12, (case, far)
+        right = hits[mated, 0]
+        rates = verify.identification(scores, hits, mated)
+        close(rates["rank1"], right.sum() / mated.sum())
+        close(rates["rank5"], hits.any(1).sum() / mated.sum())
+        for name in ("1e-3", "1e-2", "1e-1"):
+            far, rate = float(name), rates[f"dir@far={name}"]
+            if far * sum(~mated) < 1:
+                assert math.isnan(rate)
+            else:
+                close(rate, detection_rate(scores, right, mated, far), 1e-12)
 
+
+# ---- verify.py: its command line -------------------------------------------------------------------------------
 
 @functools.cache
 def trained():
-    """A small checkpoint on the small set, its folder a run's; for reading only."""
+    """The folder of a run on faces(), with a small best.pt; for reading only."""
     tiny(faces().parent, "--out", "run", epochs=1)
     return faces().parent / "run"
 
 
-def judged(cwd, *flags):
-    """What verify.py says about trained() as an object."""
-    return json.loads(run(verify, "--ckpt", trained() / "best.pt", "--json", *flags, cwd=cwd)[0])
+def checkpoint():
+    return verify.load(trained() / "best.pt")
 
 
-def test_verify_identifies(tmp):
-    """The older Kaggle: five known people with three images, eight probes, three of them of strangers. By hand: unit
-    mean of each person's unit embeddings, all cosines, the best, or n000000 below the threshold."""
-    files, labels = data.read_labels(faces() / "cls_data/train")
-    of = [[f for f, q in zip(files, labels) if q == p] for p in range(8)]
-    for p, images in enumerate(of):
-        for folder in ("unknown_dev", "unknown_test"):
-            (tmp / folder).mkdir(exist_ok=True)
-            shutil.copy(images[4], tmp / f"{folder}/{p:03d}.jpg")
-        for f in images[:3] if p < 5 else ():
-            (tmp / f"known/n{p}").mkdir(parents=True, exist_ok=True)
-            shutil.copy(f, tmp / f"known/n{p}")
-    truth = [f"n{p}" if p < 5 else "n000000" for p in range(8)]
-    (tmp / "verification_dev.csv").write_text("id,label\n" + "".join(f"{i},{t}\n" for i, t in enumerate(truth)))
-    flags = "--gallery", "known", "--probes", "unknown_dev"
-    got = judged(tmp, *flags, "--plots", "plots", "--save-embeddings", "g.npy")
-    net, _ = verify.build(ckpt := verify.load(trained() / "best.pt"))
+def judge(cwd, flags, *more, code=0):
+    """(stdout, stderr) of verify.py on trained(); flags in one string, what may hold a space after it."""
+    return run(verify, "--ckpt", trained() / "best.pt", *flags.split(), *more, cwd=cwd, code=code)
 
-    def z(files):
-        return verify.embed(net, np.stack([data.decode(f, 32) for f in files])).numpy()
 
-    known = np.stack([z(images[:3]).sum(0) for images in of[:5]])
-    cosine = z([images[4] for images in of]) @ (known / np.linalg.norm(known, axis=1)[:, None]).T
-    scores, best = ckpt["val"]["scores"].numpy(), cosine.argmax(1)
-    threshold = eer.eer(ckpt["val"]["labels"].numpy(), scores)[1]
-    answers = [f"n{c}" if s >= threshold else "n000000" for c, s in zip(best, cosine.max(1))]
-    rows = (tmp / "identification.csv").read_text().split()
-    assert rows == ["id,label", *(f"{i},{a}" for i, a in enumerate(answers))]
-    close([p["score"] for p in got["probes"]], cosine.max(1), 1e-5)
-    close([got["threshold"], got["rank1"]], [threshold, np.mean(best[:5] == range(5))])
-    close(got["accuracy"], np.mean([a == t for a, t in zip(answers, truth)]))
-    assert got["rank5"] == 1 and (got["mated"], got["unmated"]) == (5, 3) and got["dir@far=1e-1"] is None
-    assert [n["nearest"][0] for n in got["probes"]] == [f"n{c}" for c in best]
-    assert Image.open(tmp / "plots/ranks.png").size[1] > 8 * 96
-    # embeddings in a file serve as gallery; a folder of test probes has no truth, though a CSV lies beside it
-    listing = [line.split("\t")[1] for line in (tmp / "g.txt").read_text().splitlines()]
-    assert listing == [f"n{p}" for p in range(5) for _ in "abc"] and np.load(tmp / "g.npy").shape == (15, 16)
-    again = judged(tmp, "--gallery", "g.npy", "--probes", "unknown_test", "--far", "1e-3", "--out", "far.csv")
-    assert "rank1" not in again and [p["nearest"] for p in again["probes"]] == [p["nearest"] for p in got["probes"]]
-    close(again["threshold"], scores[ckpt["val"]["labels"] == 0].max(), 1e-9)   # 10 impostors: above them all
+def answer(cwd, flags, *more):
+    """What verify.py says about trained(), as an object."""
+    out, _ = judge(cwd, "--json " + flags, *more)
+    return json.loads(out)
+
+
+def refusal(cwd, flags, *more):
+    """The line that verify.py ends with."""
+    _, err = judge(cwd, flags, *more, code=2)
+    return err
+
+
+def decoded(files):
+    return np.stack([data.decode(file, 32) for file in files])
+
+
+def val_scores():
+    """(labels, scores) of the validation pairs in trained()'s best.pt."""
+    val = checkpoint()["val"]
+    return val["labels"].numpy(), val["scores"].numpy()
+
+
+KAGGLE_TRUTH = ["n0", "n1", "n2", "n3", "n4", "n000000", "n000000", "n000000"]
+
+
+@functools.cache
+def older_kaggle():
+    """(folder, files of eight people): in folder five known people with three images, and twice eight probes, the
+    fifth image of each, so that three are strangers. The labels of unknown_dev lie beside it."""
+    folder, people = faces().parent / "kaggle", [[] for _ in range(8)]
+    for file, label in zip(*data.read_labels(faces() / "cls_data/train")):
+        if label < 8:
+            people[label].append(file)
+    (folder / "unknown_dev").mkdir(parents=True)
+    for p, files in enumerate(people):
+        shutil.copy(files[4], folder / f"unknown_dev/{p}.jpg")
+        if p < 5:
+            (folder / f"known/n{p}").mkdir(parents=True)
+            for file in files[:3]:
+                shutil.copy(file, folder / f"known/n{p}")
+    shutil.copytree(folder / "unknown_dev", folder / "unknown_test")
+    rows = [f"{p},{name}\n" for p, name in enumerate(KAGGLE_TRUTH)]
+    (folder / "verification_dev.csv").write_text("id,label\n" + "".join(rows))
+    return folder, people
+
+
+@functools.cache
+def identified():
+    """What verify.py says about the probes of older_kaggle(); it writes identification.csv, plots and g.npy there."""
+    folder, _ = older_kaggle()
+    return answer(folder, "--gallery known --probes unknown_dev --plots plots --save-embeddings g.npy")
+
+
+def identified_by_hand(people):
+    """(numbers of the nearest, their cosines): unit means of unit embeddings, all cosines, the best."""
+    net, _ = verify.build(checkpoint())
+    known = [verify.embed(net, decoded(files[:3])).sum(0) for files in people[:5]]
+    probes = verify.embed(net, decoded([files[4] for files in people]))
+    cosines = probes @ F.normalize(torch.stack(known)).T
+    best, nearest = cosines.max(1)
+    return nearest.numpy(), best.numpy()
+
+
+def test_verify_identifies_probes_as_by_hand():
+    found, (folder, people) = identified(), older_kaggle()
+    nearest, best = identified_by_hand(people)
+    _, threshold = eer.eer(*val_scores())
+    names = np.array([f"n{p}" for p in nearest])
+    answers = np.where(best >= threshold, names, "n000000")
+    rows = read_csv(folder / "identification.csv")
+    assert rows == [{"id": str(i), "label": name} for i, name in enumerate(answers)]
+    close([probe["score"] for probe in found["probes"]], best, 1e-5)
+    assert [probe["nearest"][0] for probe in found["probes"]] == names.tolist()
+    close(found["threshold"], threshold)
+    close(found["rank1"], np.mean(nearest[:5] == range(5)))
+    close(found["accuracy"], np.mean(answers == KAGGLE_TRUTH))
+    assert found["rank5"] == 1
+    assert found["mated"] == 5 and found["unmated"] == 3
+    assert found["dir@far=1e-1"] is None
+    assert Image.open(folder / "plots/ranks.png").height > 8 * 96
+
+
+def test_verify_saved_embeddings_serve_as_gallery():
+    found, (folder, _) = identified(), older_kaggle()
+    lines = (folder / "g.txt").read_text().splitlines()
+    names = [line.split("\t")[1] for line in lines]
+    assert names == list(np.repeat(KAGGLE_TRUTH[:5], 3))
+    assert np.load(folder / "g.npy").shape == (15, 16)
+    again = answer(folder, "--gallery g.npy --probes unknown_test --far 1e-3 --out far.csv")
+    for probe, probe_again in zip(found["probes"], again["probes"], strict=True):
+        assert probe["nearest"] == probe_again["nearest"]
+    assert "rank1" not in again                             # of test probes nothing is known, whatever lies beside
+    labels, scores = val_scores()
+    close(again["threshold"], scores[labels == 0].max(), 1e-9)      # of so few impostors: above them all
+
+
+def test_verify_refuses_labels_of_other_probes(tmp):
+    folder, _ = older_kaggle()
+    shutil.copytree(folder / "unknown_dev", tmp / "unknown_dev")
     (tmp / "verification_dev.csv").write_text("id,label\n0,n1\n")
-    assert "verification_dev.csv: 1 rows for the 8 images" in run(
-        verify, "--ckpt", trained() / "best.pt", *flags, cwd=tmp, code=2)[1]
+    error = refusal(tmp, "--probes unknown_dev --gallery", folder / "known")
+    assert "verification_dev.csv: 1 rows for the 8 images" in error
 
 
-def test_verify_protocols(tmp):
-    """Two images, LFW's folds, a threshold from another file, JSON, pictures; against the functions beneath."""
-    ckpt, val = trained() / "best.pt", data.load(faces()).val_pairs
-    for i, k in itertools.product(range(10), (1, 2)):
-        (tmp / f"lfw/p{i}").mkdir(parents=True, exist_ok=True)
-        shutil.copy(val.files[i if k == 1 else i - 1], tmp / f"lfw/p{i}/p{i}_000{k}.jpg")
+@functools.cache
+def lfw():
+    """A folder with lfw/, ten people with two images each, and the same pairs twice in LFW's formats: pairs.txt of
+    five folds and dev.txt without."""
+    folder, files = faces().parent / "lfw_set", data.load(faces()).val_pairs.files
+    for i in range(10):
+        (folder / f"lfw/p{i}").mkdir(parents=True)
+        shutil.copy(files[i], folder / f"lfw/p{i}/p{i}_0001.jpg")
+        shutil.copy(files[i - 1], folder / f"lfw/p{i}/p{i}_0002.jpg")
     genuine = [f"p{i}\t1\t2\n" for i in range(10)]
     impostor = [f"p{i}\t1\tp{(i + 1) % 10}\t1\n" for i in range(10)]
-    (tmp / "pairs.txt").write_text("5\t2\n" + "".join(
-        line for f in range(0, 10, 2) for line in genuine[f:f + 2] + impostor[f:f + 2]))
-    (tmp / "dev.txt").write_text("10\n" + "".join(genuine + impostor))
-    (tmp / "homework.csv").write_text("a,b,label\n" + "".join(
-        f"{os.path.basename(val.files[i])},{os.path.basename(val.files[j])},{y}\n"
-        for i, j, y in zip(val.left, val.right, val.labels)))
-    lfw = "--pairs", "pairs.txt", "--images", "lfw"
-    homework = "--pairs", "homework.csv", "--images", faces() / "ver_data"
-    got = judged(tmp, *lfw, "--plots", "plots")
+    folds = []
+    for i in range(0, 10, 2):
+        folds += genuine[i:i + 2] + impostor[i:i + 2]
+    (folder / "pairs.txt").write_text("5\t2\n" + "".join(folds))
+    (folder / "dev.txt").write_text("10\n" + "".join(genuine + impostor))
+    return folder
+
+
+def test_verify_lfw_pairs_give_accuracy_over_folds_and_pictures(tmp):
+    found = answer(lfw(), "--pairs pairs.txt --images lfw --plots", tmp / "plots")
     labels, scores = eer.read(tmp / "plots/scores.csv")
-    assert {p.name for p in (tmp / "plots").iterdir()} == {"roc.png", "scores.png", "hardest.png", "scores.csv"}
-    close([got["folds_acc"], got["folds_error"]], eer.folds_accuracy(labels, scores, np.arange(20) // 4))
-    close(got["eer"], eer.eer(labels, scores)[0])
-    assert got["tar@far=1e-1"] is not None and got["tar@far=1e-2"] is None
-    moved = judged(tmp, *lfw, "--threshold-from", "dev.txt")["threshold_from"]
-    t = eer.best_threshold(labels, scores)                  # the same pairs in another order
-    close([moved[k] for k in ("threshold", "acc", "far", "frr")], [
-        t, np.mean((scores >= t) == labels), np.mean(scores[labels == 0] >= t), np.mean(scores[labels == 1] < t)], 1e-5)
-    whole, stored = judged(tmp, *homework), verify.load(ckpt)
-    close(whole["eer"], stored["best"])
-    labels, cosines = (stored["val"][k].numpy() for k in ("labels", "scores"))
-    for flags, scores in ((("--metric", "cosine"), cosines), (("--metric", "euclidean"), -np.sqrt(2 - 2 * cosines)),
-                          (("--far", 0.2), cosines)):
-        one = judged(tmp, *(val.files[side[0]] for side in (val.left, val.right)), *flags)
-        close(one["score"], scores[0], 1e-4)
-        close([one["genuine_lower"], one["impostor_higher"]],
-              [np.mean(scores[labels == 1] < one["score"]), np.mean(scores[labels == 0] >= one["score"])])
-        close(one["threshold"], eer.at_far(labels, scores, 0.2) if "--far" in flags else eer.eer(labels, scores)[1])
-        assert one["same"] == (one["score"] >= one["threshold"])
-    assert list(judged(tmp, *val.files[:2], "--mirror", "none")) == ["score"]   # no scores of that in the checkpoint
-    concat = judged(tmp, *homework, "--mirror", "concat", "--save-embeddings", "z.f16.npy")
-    z = np.load(tmp / "z.f16.npy")
-    assert z.dtype == np.float16 and z.shape == (len(val.files), 32) and concat["genuine"] == whole["genuine"]
-    text, _ = run(verify, "--ckpt", ckpt, *val.files[:2], cwd=tmp)              # images may follow --ckpt
+    accuracy, error = eer.folds_accuracy(labels, scores, np.arange(20) // 4)
+    close(found["folds_acc"], accuracy)
+    close(found["folds_error"], error)
+    close(found["eer"], eer.eer(labels, scores)[0])
+    assert found["tar@far=1e-1"] is not None
+    assert found["tar@far=1e-2"] is None
+    assert set(os.listdir(tmp / "plots")) == {"roc.png", "scores.png", "hardest.png", "scores.csv"}
+
+
+def test_verify_takes_the_threshold_of_other_pairs(tmp):
+    flags = "--pairs pairs.txt --images lfw --threshold-from dev.txt --plots"
+    found = answer(lfw(), flags, tmp)["threshold_from"]
+    labels, scores = eer.read(tmp / "scores.csv")           # dev.txt has the same pairs in another order
+    threshold = eer.best_threshold(labels, scores)
+    accepted = scores >= threshold
+    close(found["threshold"], threshold, 1e-5)
+    close(found["acc"], np.mean(accepted == labels))
+    close(found["far"], np.mean(accepted[labels == 0]))
+    close(found["frr"], np.mean(~accepted[labels == 1]))
+
+
+def check_decision(tmp, flags, scores, threshold):
+    """verify.py's decision on the first validation pair, of all of which scores and threshold are given."""
+    labels, _ = val_scores()
+    one = answer(tmp, flags, *first_pair())
+    score = one["score"]
+    close(score, scores[0], 1e-4)
+    close(one["threshold"], threshold)
+    assert one["same"] == (score >= one["threshold"])
+    close(one["genuine_lower"], np.mean(scores[labels == 1] < score))
+    close(one["impostor_higher"], np.mean(scores[labels == 0] >= score))
+
+
+def first_pair():
+    val = data.load(faces()).val_pairs
+    return val.files[val.left[0]], val.files[val.right[0]]
+
+
+def test_verify_two_images_are_judged_by_the_validation_pairs(tmp):
+    labels, cosines = val_scores()
+    distances = -np.sqrt(2 - 2 * cosines)
+    check_decision(tmp, "--metric cosine", cosines, eer.eer(labels, cosines)[1])
+    check_decision(tmp, "--metric euclidean", distances, eer.eer(labels, distances)[1])
+    check_decision(tmp, "--far 0.2", cosines, eer.at_far(labels, cosines, 0.2))
+    no_threshold = answer(tmp, "--mirror none", *first_pair())                  # of that the checkpoint has no scores
+    assert list(no_threshold) == ["score"]
+    text, _ = judge(tmp, "", *first_pair())                 # images may follow --ckpt
     assert "of a hundred genuine validation pairs" in text
-    for fragment, *flags in (("--far 2", "--far", 2), ("--gallery", "--probes", "x"), ("1 images; give two", "a.jpg"),
-                             ("no metric", "--metric", "learned"), ("no such folder", "--gallery", "none")):
-        assert fragment in run(verify, "--ckpt", ckpt, *flags, cwd=tmp, code=2)[1]
 
 
-def test_verify_compares(tmp):
-    """Several checkpoints and score files over each other; a sorted table of runs; closed sets, combined score."""
+def test_verify_scores_the_homeworks_pairs_as_training_did_and_saves_embeddings(tmp):
+    val, rows = data.load(faces()).val_pairs, ["a,b,label\n"]
+    for i, j, label in zip(val.left, val.right, val.labels):
+        rows.append(f"{os.path.basename(val.files[i])},{os.path.basename(val.files[j])},{label}\n")
+    (tmp / "pairs.csv").write_text("".join(rows))
+    pairs, images = "--pairs pairs.csv --images", faces() / "ver_data"
+    found = answer(tmp, pairs, images)
+    close(found["eer"], checkpoint()["best"])
+    concat = answer(tmp, "--mirror concat --save-embeddings z.f16.npy " + pairs, images)
+    assert concat["genuine"] == found["genuine"]
+    z = np.load(tmp / "z.f16.npy")
+    assert z.dtype == np.float16
+    assert z.shape == (len(val.files), 32)
+
+
+def test_verify_refuses_arguments_that_do_not_go_together(tmp):
+    assert "--far 2" in refusal(tmp, "--far 2")
+    assert "--gallery" in refusal(tmp, "--probes x")
+    assert "1 images; give two" in refusal(tmp, "a.jpg")
+    assert "no metric" in refusal(tmp, "--metric learned")
+    assert "no such folder" in refusal(tmp, "--gallery none")
+
+
+def test_verify_judges_checkpoint_and_score_file_side_by_side(tmp):
     (tmp / "other.csv").write_text("1,0.9\n0,0.1\n1,0.2\n0,0.8\n")
-    got = judged(tmp, "--ckpt", trained() / "best.pt", "other.csv", "--plots", "p")
-    assert list(got) == ["run", "other"] and got["other"]["eer"] == 0.5 and (tmp / "p/roc.png").stat().st_size > 5000
-    one, d = got["run"], data.load(faces())
+    found = answer(tmp, "--plots plots --ckpt", trained() / "best.pt", "other.csv")
+    assert list(found) == ["run", "other"]
+    assert found["other"]["eer"] == 0.5
+    assert (tmp / "plots/roc.png").stat().st_size > 5000
+    assert not (tmp / "submission.csv").exists()
+    one, test = found["run"], data.load(faces()).test
     close(one["combined"], 0.5 * one["dev_acc1"] + 0.5 * (1 - one["eer"]))
-    assert not (tmp / "submission.csv").exists() and one["dev_acc5"] >= one["dev_acc1"]
-    net, criterion = verify.build(verify.load(trained() / "best.pt"))
-    logits = criterion.logits(verify.embed(net, np.stack([data.decode(f, 32) for f in d.test[0]]), unit=False))
-    close(one["test_acc1"], np.mean(logits.argmax(1).numpy() == d.test[1]))
-    every = [trained() / "best.pt", trained() / "last.pt"]
-    images = np.stack([data.decode(f, 32) for f in d.val_pairs.files])
-    each = [verify.scored(*verify.build(verify.load(c)), images, d.val_pairs)[0] for c in every]
-    both = judged(tmp, "--ckpt", *every, "--out", "both.csv", "--threshold-from", *every[::-1][1:])["together"]
-    close(both["eer"], eer.eer(d.val_pairs.labels, np.mean(each, 0))[0])
-    close(both["threshold_from"]["threshold"], eer.best_threshold(d.val_pairs.labels, each[0]), 1e-6)
-    assert len((tmp / "both.csv").read_text().splitlines()) == len(d.test_pairs.left) + 1
-    assert "same test pairs" in run(verify, "--ckpt", *every, "--pairs", faces() / "val_pairs.txt", "--images",
-                                    faces() / "ver_data", "--out", "none.csv", cwd=tmp, code=2)[1]
-    p, stored = d.val_pairs, verify.load(every[0])["val"]["mark"]
-    assert stored == verify.mark(p._replace(files=[f"/moved/{f}" for f in p.files])) != verify.mark(d.test_pairs)
-    one, other = ((p.labels, s, m) for s, m in zip(each, (stored, verify.mark(d.test_pairs))))
-    assert verify.together([one, other]) is None and verify.together([one, (p.labels, each[1], None)])
+    assert one["dev_acc5"] >= one["dev_acc1"]
+    net, criterion = verify.build(checkpoint())
+    logits = criterion.logits(verify.embed(net, decoded(test.files), unit=False))
+    close(one["test_acc1"], np.mean(logits.argmax(1).numpy() == test.labels))
+
+
+def test_verify_several_checkpoints_together_are_the_mean_of_their_scores(tmp):
+    best, last = trained() / "best.pt", trained() / "last.pt"
+    found, scores = data.load(faces()), []
+    val = found.val_pairs
+    for path in (best, last):
+        net, criterion = verify.build(verify.load(path))
+        scored, _ = verify.score_pairs(net, criterion, data.PairSet(decoded(val.files), val))
+        scores.append(scored.scores)
+    both = answer(tmp, "--out both.csv --threshold-from", best, "--ckpt", best, last)["together"]
+    close(both["eer"], eer.eer(val.labels, np.mean(scores, 0))[0])
+    close(both["threshold_from"]["threshold"], eer.best_threshold(val.labels, scores[0]), 1e-6)
+    assert len(read_csv(tmp / "both.csv")) == len(found.test_pairs.left)
+    pairs = "--pairs", faces() / "val_pairs.txt", "--images", faces() / "ver_data"
+    assert "same test pairs" in refusal(tmp, "--out none.csv", *pairs, "--ckpt", best, last)
+
+
+def test_verify_only_scores_of_the_same_pairs_have_a_mean():
+    def mean(*digests):
+        outcomes = []
+        for i, digest in enumerate(digests):
+            scores = verify.Scores(val.labels, np.full(len(val.labels), i), digest)
+            outcomes.append(verify.Outcome({}, "", {"val_pairs": scores}))
+        return verify.mean_scores(outcomes, "val_pairs")
+
+    val, test = data.load(faces()).val_pairs, data.load(faces()).test_pairs
+    stored, other = checkpoint()["val"]["mark"], verify.pairs_digest(test)
+    elsewhere = val._replace(files=[f"/moved/{file}" for file in val.files])
+    assert verify.pairs_digest(elsewhere) == stored != other
+    assert mean(stored, other) is None
+    assert (mean(stored, None).scores == 0.5).all()         # a file of scores does not tell its pairs
+
+
+def test_verify_compares_runs_in_a_sorted_table_and_draws_the_plane(tmp):
     tiny(tmp, "--loss", "ce", "--dim", 2, "--out", "flat", epochs=1)
     (tmp / "empty").mkdir()
     out, err = run(verify, "--compare", "flat", trained(), "empty", "--json", cwd=tmp)
+    assert "left out: empty/best.pt" in err
     runs = json.loads(out)["runs"]
-    assert "left out: empty/best.pt" in err and {r["run"]: r["loss"] for r in runs} == {
-        "flat": "ce", str(trained()): "arcface:s=12.4,m=0.3"} and runs[0]["EER"] <= runs[1]["EER"]
-    weights = [p.numel() for m in verify.build(verify.load(tmp / "flat/best.pt")) for p in m.parameters()]
-    assert next(r["parameters"] for r in runs if r["loss"] == "ce") == sum(weights)
-    run(verify, "--ckpt", "flat/best.pt", "--plots", "p2", cwd=tmp)             # ten colours on the plane
-    assert all(len(places) > 20 for places in colours(Image.open(tmp / "p2/embeddings.png")))
-
-
+    assert runs[0]["EER"] <= runs[1]["EER"]
+    assert {one["run"]: one["loss"] for one in runs} == {"flat": "ce", str(trained()): "arcface:s=12.4,m=0.3"}
+    net, criterion = verify.build(verify.load(tmp / "flat/best.pt"))
+    weights = [*net.parameters(), *criterion.parameters()]
+    flat = next(one for one in runs if one["loss"] == "ce")
+    assert flat["parameters"] == sum(p.numel() for p in weights)
+    run(verify, "--ckpt", "flat/best.pt", "--plots", "plots", cwd=tmp)
+    for places in colours(Image.open(tmp / "plots/embeddings.png")):
+        assert len(places) > 20                             # one colour a person
 # ---- Several processes --------------------------------------------------------------------------------------
 
 def free_port():
@@ -1043,26 +1575,29 @@ def processes(n, task, folder):
 
     def work(rank):
         torch.set_num_threads(1)
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=str(port))
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.save(task(rank), folder / str(rank))
 
-    every = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(n)]
-    for step in ("start", "join"):
-        for p in every:
-            getattr(p, step)()
-    assert not any(p.exitcode for p in every), every
+    fork, workers = multiprocessing.get_context("fork"), []
+    for rank in range(n):
+        workers.append(fork.Process(target=work, args=(rank,)))
+        workers[rank].start()
+    for worker in workers:
+        worker.join()
+        assert not worker.exitcode, worker
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(n)]
 
 
-def steps(cwd, n, *flags, stop=0):
-    """The losses of each step of train.main on the small set in n processes, which all must have the same, up to a
-    SIGTERM to the last of them. The network is a layer or two: rounding grows tenfold a step in a deep one with batch
-    norm, in one process as well."""
-    def net(arch, dim, size):
-        return models.FaceNet([nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU()],
-                              [nn.Flatten(), nn.Linear(8 * 49, dim), nn.BatchNorm1d(dim)])
+def shallow_net(arch, dim, size):
+    """In place of models.make: rounding grows tenfold a step in a deep network with batch norm, in one process too."""
+    trunk = [nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.ReLU()]
+    return models.FaceNet(trunk, [nn.Flatten(), nn.Linear(8 * 49, dim), nn.BatchNorm1d(dim)])
 
+
+def losses_of_steps(cwd, n, *flags, stop=0):
+    """The losses of each step of train.main on the small set in n processes, which all must have the same, up to a
+    SIGTERM to the last of them."""
     def task(rank):
         seen, real = [], losses.Loss.forward
 
@@ -1070,14 +1605,16 @@ def steps(cwd, n, *flags, stop=0):
             value = real(*args)
             seen.append(value.item())
             return value
-        with mock.patch.object(losses.Loss, "forward", forward), mock.patch.multiple(data, plot=lambda *a: 0), \
-                mock.patch.object(models, "make", net), interrupted(signal.SIGTERM, stop if rank == n - 1 else 0):
-            tiny(cwd, "--batch-size", 15, "--per-person", 3, *flags, code=130 * (stop > 0))
+
+        with (mock.patch.object(losses.Loss, "forward", forward), mock.patch.object(data, "plot"),
+              mock.patch.object(models, "make", shallow_net),
+              interrupted(signal.SIGTERM, stop if rank == n - 1 else 0)):
+            tiny(cwd, "--batch-size", 15, "--per-person", 3, *flags, code=130 * bool(stop))
         return seen
 
     faces()
     every = processes(n, task, cwd)
-    assert all(seen == every[0] for seen in every)
+    assert every == every[:1] * n
     return every[0]
 
 
@@ -1086,190 +1623,292 @@ def test_distributed_training_equals_one_process(tmp):
     to one to two of them. Mining takes all triplets: which are semi-hard may turn on a rounding error."""
     flags = ("--loss", "curricular:sample=0.8+0.1*triplet:mining=all+0.003*center", "--ema", ".9", "--epochs", 5,
              "--opt", "sgd", "--lr", 5e-3, "--out")
-    runs = {n: steps(tmp, n, *flags, n, *["--shard"] * (n > 1)) for n in (1, 2, 4)}
-    runs["chain"] = (steps(tmp, 4, *flags, "chain", "--shard", stop=5)
-                     + steps(tmp, 1, *flags, "chain", "--resume", "--steps", 8)
-                     + steps(tmp, 2, *flags, "chain", "--resume", "--steps", 20, "--shard"))
-    assert len(runs[1]) == 20
+    runs = {"1": losses_of_steps(tmp, 1, *flags, "1")}
+    for n in (2, 4):
+        runs[str(n)] = losses_of_steps(tmp, n, *flags, n, "--shard")
+    runs["chain"] = losses_of_steps(tmp, 4, *flags, "chain", "--shard", stop=5)
+    runs["chain"] += losses_of_steps(tmp, 1, *flags, "chain", "--resume", "--steps", 8)
+    runs["chain"] += losses_of_steps(tmp, 2, *flags, "chain", "--resume", "--steps", 20, "--shard")
+    assert len(runs["1"]) == 20
     one = verify.load(tmp / "1/last.pt")
     for out, seen in runs.items():
-        close(seen, runs[1], 1e-5, out)
-        many = verify.load(tmp / f"{out}/last.pt")
+        close(seen, runs["1"], 1e-5, out)
+        many = verify.load(tmp / out / "last.pt")
         for kind in ("model", "loss", "ema"):
             for name, value in one[kind].items():
                 close(value, many[kind][name], 1e-3, (out, name))
         for row, other in zip(one["log"], many["log"]):
-            close(*([r[k] for k in ("loss", "eer", "auc", "acc")] for r in (row, other)), 1e-5, out)
+            for key in ("loss", "eer", "auc", "acc"):
+                close(row[key], other[key], 1e-5, (out, key))
 
 
-DIVIDED = ("ce", "ce:smooth=0.1", "modified", "l2softmax:learn=true", "normface", "coco", "vmf", "vmf:shared=true",
-           "adacos", "lsoftmax", "asoftmax", "sphereface", "am", "cosface", "arcface", "combined", "curricular",
-           "subcenter", "adaface", "magface", "elastic", "sphereface2", "uniface", "circle_class", "groupface",
-           "ce+regular", "subcenter+regular+0.1*triplet+0.01*center+uniform")
-
-
-def test_distributed_batch_norm_and_heads_equal_the_undivided(tmp):
-    """Each loss with class weights, 13 classes over two processes: loss, gradients, buffers, logits after two steps."""
-    with_weights = {n for n in losses.LOSSES if loss_of(with_partner(n)).weight is not None} - set(SHAPES)
-    assert with_weights <= {*",".join(DIVIDED).replace("+", ",").replace(":", ",").split(",")}
-
-    def after_two_steps(spec, share):
-        """(value, gradient, best classes, buffers), {parameter: (k per class, value, gradient)}, (B, C) arrays."""
-        torch.manual_seed(0)
-        z, y = (torch.randn(10, 8).double() * 2).requires_grad_(), torch.tensor([0, 5, 5, 6, 7, 12, 12, 3, 1, 6])
-        torch.manual_seed(1)
-        head = losses.make(spec, 8, 13, share).double()
-        with Arrays((10, 13)) as arrays:
-            for step in range(2):
-                torch.manual_seed(step)
-                value = head(z, y)
-                value.backward()
-        params = {n: (getattr(p, "per_class", 0), p.detach(), p.grad) for n, p in head.named_parameters()}
-        return (value, z.grad, head.eval().top(z, 5), *head.buffers()), params, arrays.most
-
+def test_distributed_batch_norm_equals_that_of_the_whole_batch(tmp):
+    """Outputs, gradients and running statistics of unequal parts of a batch."""
     def task(rank):
         torch.distributed.init_process_group("gloo")
-        norm, same_norm = nn.BatchNorm2d(5).double(), nn.BatchNorm2d(5).double()
-        x, weights = (torch.randn(7, 5, 3, 3, generator=torch.Generator().manual_seed(i)).double() + 3 for i in (0, 1))
-        part = slice(*[(0, 4), (4, 7)][rank])
-        z, mine = x.clone().requires_grad_(), x[part].clone().requires_grad_()
-        whole, divided = norm(z), train.synchronised(same_norm, mine)
+        torch.manual_seed(0)
+        x, weights = torch.randn(2, 7, 5, 3, 3).double() + 3
+        norm, net = nn.BatchNorm2d(5).double(), nn.Sequential(nn.BatchNorm2d(5)).double()
+        models.synchronise_batch_norms(net)
+        rows = [slice(0, 4), slice(4, 7)][rank]
+        z, mine = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
+        whole, part = norm(z), net(mine)
         (whole * weights).sum().backward()
-        (divided * weights[part]).sum().backward()
-        for a, b in ((divided, whole[part]), (mine.grad, z.grad[part]), *zip(same_norm.buffers(), norm.buffers())):
+        (part * weights[rows]).sum().backward()
+        close(part, whole[rows], 1e-9)
+        close(mine.grad, z.grad[rows], 1e-9)
+        for a, b in zip(net.buffers(), norm.buffers(), strict=True):
             close(a, b, 1e-9)
-        for spec in (*DIVIDED, *(f"{n}:sample=0.6" for n in SAMPLED)):
-            values, params, most = after_two_steps(spec, (0, 1))
-            values2, params2, most2 = after_two_steps(spec, (rank, 2))
-            assert most2 == 0 and (most > 0) == ("sample" not in spec), spec    # divided: no (B, C)
-            for a, b in zip(values, values2, strict=True):
-                close(b, a, 1e-9, spec)
-            for n, (k, *have) in params2.items():
-                for mine, every in zip(have, params[n][1:]):
-                    if k:
-                        every = every.unflatten(0, (k, -1))[:, [0, 6][rank]:[6, 13][rank]].flatten(0, 1)
-                    close(mine, every, 1e-9, (spec, n))
-            assert any(k for k, *_ in params2.values()), spec
+        close(net.eval()(x), norm.eval()(x), 1e-9)
         return True
 
     assert processes(2, task, tmp) == [True] * 2
+
+
+DIVIDED = ("ce ce:smooth=0.1 modified l2softmax:learn=true normface coco vmf vmf:shared=true adacos lsoftmax asoftmax "
+           "sphereface am cosface arcface combined curricular subcenter adaface magface elastic sphereface2 uniface "
+           "circle_class groupface ce+regular subcenter+regular+0.1*triplet+0.01*center+uniform").split()
+
+
+def two_steps(spec, shard):
+    """(head, what all processes have alike, how many (B, C) arrays lived at once), 13 classes, two steps."""
+    torch.manual_seed(0)
+    z = (2 * torch.randn(10, 8).double()).requires_grad_()
+    y = torch.tensor([0, 5, 5, 6, 7, 12, 12, 3, 1, 6])
+    torch.manual_seed(1)
+    head = losses.make(spec, 8, 13, shard).double()
+    with Arrays((10, 13)) as arrays:
+        for step in range(2):
+            torch.manual_seed(step)
+            value = head(z, y)
+            value.backward()
+    alike = [value, z.grad, head.eval().top(z, 5)]
+    return head, alike + list(head.buffers()), arrays.most
+
+
+def test_distributed_heads_equal_the_undivided(tmp):
+    """Each loss with class weights, over two processes: loss, gradients, buffers, best classes after two steps."""
+    names = {name for name in losses.LOSSES if loss_of(with_partner(name)).weight is not None}
+    assert names - set(SHAPES) <= set(re.findall(r"[a-z_0-9]+", " ".join(DIVIDED)))
+
+    def task(rank):
+        torch.distributed.init_process_group("gloo")
+        start, end = [(0, 6), (6, 13)][rank]
+        for spec in DIVIDED + [f"{name}:sample=0.6" for name in SAMPLED]:
+            one, want, most = two_steps(spec, (0, 1))
+            divided, have, most_divided = two_steps(spec, (rank, 2))
+            assert most_divided == 0, spec                                      # no (B, C)
+            assert (most > 0) == ("sample" not in spec), spec
+            for a, b in zip(have, want, strict=True):
+                close(a, b, 1e-9, spec)
+            whole = dict(one.named_parameters())
+            for name, p in divided.named_parameters():
+                k = divided.rows_per_class.get(name)
+                for a, b in ((p, whole[name]), (p.grad, whole[name].grad)):
+                    if k:
+                        b = b.unflatten(0, (k, -1))[:, start:end].flatten(0, 1)
+                    close(a, b, 1e-9, (spec, name))
+            assert divided.rows_per_class and not one.rows_per_class, spec
+        return True
+
+    assert processes(2, task, tmp) == [True] * 2
+
+
+def test_distributed_class_weights_start_alike_however_many_processes():
     parts = []
-    for share in ((0, 1), (0, 3), (1, 3), (2, 3)):          # drawn in several blocks
+    for shard in ((0, 1), (0, 3), (1, 3), (2, 3)):          # drawn in several blocks
         torch.manual_seed(0)
-        parts.append(losses.make("subcenter:k=2", 3, 100_001, share).weight.detach().unflatten(0, (2, -1)))
+        weight = losses.make("subcenter:k=2", 3, 100_001, shard).weight.detach()
+        parts.append(weight.unflatten(0, (2, -1)))
     assert torch.equal(torch.cat(parts[1:], 1), parts[0])
+
+
+def test_distributed_class_rows_are_gathered_and_handed_out(tmp):
+    """Two rows for each of 13 classes; and a divided loss is pickled with its place."""
+    whole = torch.arange(26 * 3).view(26, 3)
+
+    def task(rank):
+        torch.distributed.init_process_group("gloo")
+        mine = losses.shard_class_rows(whole, 2, 13)
+        classes = [slice(0, 6), slice(6, 13)][rank]
+        assert torch.equal(mine, torch.cat([whole[:13][classes], whole[13:][classes]]))
+        head = losses.make("arcface", 3, 13, (rank, 2))
+        x, y = torch.eye(3), torch.tensor([0, 5, 12])
+        assert pickle.loads(pickle.dumps(head))(x, y) == copy.deepcopy(head)(x, y) == head(x, y)
+        return losses.gather_class_rows(mine, 2, 13)
+
+    assert torch.equal(processes(2, task, tmp)[0], whole)
 
 
 # ---- models.py -----------------------------------------------------------------------------------------------
 
-def trunk_of_torchvision(arch):
-    """torchvision's layers up to the last feature map, on the meta device."""
-    with torch.device("meta"):
-        extra = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
-        net = getattr(torchvision.models, arch.replace("netv2", "net_v2"))(weights=None, **extra)
-    if hasattr(net, "features"):
-        return net.features
-    return nn.Sequential(*(m for name, m in net.named_children() if name not in ("avgpool", "dropout", "fc")))
-
-
 def on_meta(arch, dim=512, size=112):
+    """The network without values: for shapes and counts."""
     with torch.device("meta"):
         return models.make(arch, dim, size)
+
+
+def trunk_of_torchvision(arch):
+    """torchvision's layers up to the last feature map, without values."""
+    options = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
+    with torch.device("meta"):
+        net = torchvision.models.get_model(arch.replace("netv2", "net_v2"), **options)
+    if hasattr(net, "features"):
+        return net.features
+    layers = [m for name, m in net.named_children() if name not in ("avgpool", "dropout", "fc")]
+    return nn.Sequential(*layers)
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def test_models_agree_with_torchvision():
+def shapes(tensors):
+    return [t.shape for t in tensors]
+
+
+def relative_error(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def test_models_large_trunks_have_torchvisions_shapes():
     for arch in ("resnet101", "resnet152", "convnext_small", "convnext_base", "convnext_large"):
         want, got = trunk_of_torchvision(arch).state_dict(), on_meta(arch).trunk.state_dict()
-        assert [v.shape for v in got.values()] == [v.shape for v in want.values()], arch
+        assert shapes(got.values()) == shapes(want.values()), arch
+
+
+def test_models_trunks_compute_what_torchvisions_compute():
+    """With our weights copied by position, in training and in evaluation."""
+    def output(net, images, training):
+        torch.manual_seed(1)                                # drop-path must draw the same numbers
+        with torch.no_grad():
+            return net.train(training)(images)
+
     for arch in ("resnet18", "resnet34", "resnet50", "convnext_tiny", "mobilenetv2", "alexnet", "vgg11", "vgg16",
                  "googlenet"):
         torch.manual_seed(0)
-        want, got = trunk_of_torchvision(arch), models.make(arch).trunk
+        theirs, ours = trunk_of_torchvision(arch), models.make(arch).trunk
         with torch.no_grad():                               # scales, biases, statistics with an effect
-            for p in got.parameters():
+            for p in ours.parameters():
                 if p.dim() in (1, 3):
                     p += 0.2 * torch.rand_like(p)
-            got(torch.randn(4, 3, 64, 64))
-        values = [value.clone() for value in got.state_dict().values()]
-        assert [v.shape for v in want.state_dict().values()] == [v.shape for v in values], arch
-        assert [p.shape for p in want.parameters()] == [p.shape for p in got.parameters()], arch
-        want.load_state_dict(dict(zip(want.state_dict(), values)), assign=True)
+            ours(torch.randn(4, 3, 64, 64))
+        assert shapes(theirs.parameters()) == shapes(ours.parameters()), arch
+        values = copy.deepcopy(ours.state_dict()).values()
+        by_position = zip(theirs.state_dict(), values, strict=True)
+        theirs.load_state_dict(dict(by_position), assign=True)
         for size, training in ((64, True), (72, False)):
-            images, outputs = torch.randn(2, 3, size, size), []
-            for net in (want, got):
-                torch.manual_seed(1)                        # drop-path must draw the same numbers
-                with torch.no_grad():
-                    outputs.append(net.train(training)(images))
-            error = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
-            assert outputs[0].std() > 0 and error < 1e-5, (arch, size, error.item())
+            images = torch.randn(2, 3, size, size)
+            want = output(theirs, images, training)
+            error = relative_error(output(ours, images, training), want)
+            assert want.std() > 0 and error < 1e-5, (arch, size, error)
 
 
-def test_models_counts():
-    for arch, dim, size, channels, want in (                # channels of the image as published
-            ("lenetpp", 2, 32, 1, 799394), ("lightcnn9", 256, 128, 1, 5480864), ("lightcnn29", 256, 128, 1, 12573280),
-            ("iresnet18", 512, 112, 3, 24025600), ("iresnet34", 512, 112, 3, 34139328),
-            ("iresnet50", 512, 112, 3, 43590848), ("iresnet100", 512, 112, 3, 65156160),
-            ("mobilefacenet", 128, 112, 3, 1003136), ("sphere20", 512, 112, 3, 22666944 + 512 * 7 * 512)):
+# ---- Counts as published
+
+PARAMETERS = (                                              # dim, size, parameters
+    ("lenetpp", 2, 32, 799394),
+    ("lightcnn9", 256, 128, 5480864),
+    ("lightcnn29", 256, 128, 12573280),
+    ("iresnet18", 512, 112, 24025600),
+    ("iresnet34", 512, 112, 34139328),
+    ("iresnet50", 512, 112, 43590848),
+    ("iresnet100", 512, 112, 65156160),
+    ("mobilefacenet", 128, 112, 1003136),
+    ("sphere20", 512, 112, 22666944 + 512 * 7 * 512))       # published for 112x96: a map of 7x6
+OF_GREY_IMAGES = ("lenetpp", "lightcnn9", "lightcnn29")     # published for one channel; here all have three
+TRUNK_PARAMETERS = {"alexnet": 2469696, "vgg11": 9220480, "vgg16": 14714688}
+MILLIONS_WITH_HEAD = {                                      # of 1000 classes
+    "resnet18": 11.69, "resnet34": 21.80, "resnet50": 25.56, "resnet101": 44.55, "resnet152": 60.19,
+    "seresnet50": 28.09, "seresnet101": 49.33, "googlenet": 6.62, "mobilenetv2": 3.50,
+    "convnext_atto": 3.70, "convnext_femto": 5.22, "convnext_pico": 9.05, "convnext_nano": 15.59,
+    "convnext_tiny": 28.59, "convnext_small": 50.22, "convnext_base": 88.59, "convnext_large": 197.77}
+GIGA_MACS = (                                               # dim, size, multiply-adds to as many digits
+    ("iresnet18", 512, 112, 2.6),
+    ("iresnet34", 512, 112, 4.5),
+    ("iresnet50", 512, 112, 6.3),
+    ("iresnet100", 512, 112, 12.1),
+    ("mobilefacenet", 128, 112, 0.221),
+    ("mobilenetv2", 1280, 224, 0.301),                      # at 224 dim is the width of the map, the head's input
+    ("googlenet", 1024, 224, 1.498),
+    ("resnet50", 2048, 224, 4.089),
+    ("convnext_tiny", 768, 224, 4.456),
+    ("convnext_pico", 512, 224, 1.4))
+
+
+def test_models_have_as_many_parameters_as_published():
+    for arch, dim, size, want in PARAMETERS:
         net = on_meta(arch, dim, size)
-        assert count(net) - (3 - channels) * next(net.parameters())[:, 0].numel() == want, arch
-    head = {"resnet18": 11.69, "resnet34": 21.80, "resnet50": 25.56, "resnet101": 44.55, "resnet152": 60.19,
-            "seresnet50": 28.09, "seresnet101": 49.33, "googlenet": 6.62, "mobilenetv2": 3.50,
-            "convnext_atto": 3.70, "convnext_femto": 5.22, "convnext_pico": 9.05, "convnext_nano": 15.59,
-            "convnext_tiny": 28.59, "convnext_small": 50.22, "convnext_base": 88.59, "convnext_large": 197.77}
-    for arch, want in head.items():                         # the trunk and a 1000-class head
-        trunk = on_meta(arch).trunk
-        width = 1024 if arch == "googlenet" else [*trunk.parameters()][-1].shape[0]
-        norm = 2 * width if "convnext" in arch else 0
-        assert round((count(trunk) + norm + 1000 * width + 1000) / 1e6, 2) == want, arch
-    for arch, want in {"alexnet": 2469696, "vgg11": 9220480, "vgg16": 14714688}.items():
+        if arch in OF_GREY_IMAGES:
+            want += next(net.parameters())[:, :2].numel()
+        assert count(net) == want, arch
+    for arch, want in TRUNK_PARAMETERS.items():
         assert count(on_meta(arch).trunk) == want, arch
-    for arch, dim, size, want in (
-            ("iresnet18", 512, 112, 2.6), ("iresnet34", 512, 112, 4.5), ("iresnet50", 512, 112, 6.3),
-            ("iresnet100", 512, 112, 12.1), ("mobilefacenet", 128, 112, 0.221), ("mobilenetv2", 1280, 224, 0.301),
-            ("googlenet", 1024, 224, 1.498), ("resnet50", 2048, 224, 4.089), ("convnext_tiny", 768, 224, 4.456),
-            ("convnext_pico", 512, 224, 1.4)):
-        net = on_meta(arch, dim, size)                      # at 224: dim is the map's width, the head's input
+    for arch, want in MILLIONS_WITH_HEAD.items():
+        trunk = on_meta(arch).trunk
+        *_, last = trunk.parameters()
+        width = 1024 if arch == "googlenet" else len(last)  # of the map: there four branches, concatenated
+        norm = 2 * width if "convnext" in arch else 0       # before the head
+        assert round((count(trunk) + norm + 1000 * width + 1000) / 1e6, 2) == want, arch
+
+
+def test_models_macs_are_the_published_ones():
+    for arch, dim, size, want in GIGA_MACS:
+        net = on_meta(arch, dim, size)
         got = models.macs(net, size) if size < 224 else models.macs(net.trunk, size) + 1000 * dim
-        assert round(got / 1e9, len(str(want).split(".")[1])) == want, arch
+        digits = len(str(want).split(".")[1])
+        assert round(got / 1e9, digits) == want, arch
+
+
+def test_models_macs_leave_the_network_as_it_was():
     net = models.make("mobilefacenet", 32, 32).train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
+    before = copy.deepcopy(net.state_dict())
     assert models.macs(net, 32) == models.macs(on_meta("mobilefacenet", 32, 32), 32) and net.training
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(map(torch.equal, net.state_dict().values(), before.values()))
     assert net(torch.randn(2, 3, 32, 32)).std() > 0.5       # the layers that counting skips are back
 
 
-def test_models_train_save_and_load():
-    """Three steps of plain SGD, which keeps nothing beside the gradients: the largest has 197 million weights."""
+# ---- All of them train, and what training needs
+
+def stripes():
+    """Eight images of 32 pixels with noise, standing stripes with label 0 and lying ones with label 1."""
     torch.manual_seed(0)
-    wave, labels = torch.linspace(0, 12, 32).sin(), torch.arange(8) % 2         # lying and standing stripes
-    images = torch.where(labels[:, None, None, None] == 0, wave[:, None], wave) + 0.1 * torch.randn(8, 3, 32, 32)
-    for arch in models.ARCHS:
-        torch.manual_seed(0)
-        net, head, seen = models.make(arch, dim=16, size=32).train(), nn.Linear(16, 2), []
-        # On 1x1 maps the loss of deep nets of batch norm is rough: all images, and tiny steps of the backbone.
-        rough = arch.startswith(("resnet", "seresnet", "googlenet", "lightcnn", "mobilenetv2"))
-        optimizer = torch.optim.SGD([{"params": net.parameters(), "lr": 1e-5 if rough else 0.05},
-                                     {"params": head.parameters(), "lr": 0.2}])
-        some = slice(8 if rough else 4)
-        for step in range(4):
-            torch.manual_seed(1)                            # the same dropout each time
-            with torch.set_grad_enabled(step < 3):
-                loss = F.cross_entropy(head(4 * F.normalize(net(images[some]))), labels[some])
-            seen.append(loss.item())
-            if step == 3:
-                break
+    standing = torch.linspace(0, 12, 32).sin().expand(3, 32, 32)
+    images = torch.stack([standing, standing.mT] * 4) + 0.1 * torch.randn(8, 3, 32, 32)
+    return images, torch.tensor([0, 1] * 4)
+
+
+def four_losses(net, images, labels, lr):
+    """Before, between and after three steps of SGD, which keeps no state: the largest has 197 million weights."""
+    head, seen = nn.Linear(16, 2), []
+    optimizer = torch.optim.SGD([{"params": net.parameters(), "lr": lr}, {"params": head.parameters(), "lr": 0.2}])
+    for step in range(4):
+        torch.manual_seed(1)                                # the same dropout each time
+        with torch.set_grad_enabled(step < 3):
+            embeddings = F.normalize(net(images))
+            loss = F.cross_entropy(head(4 * embeddings), labels)
+        seen.append(loss.item())
+        if step < 3:
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
+    return seen
+
+
+def test_models_all_learn_and_embed_the_same_after_loading():
+    images, labels = stripes()
+    for arch in models.ARCHS:
+        torch.manual_seed(0)
+        net, n, lr = models.make(arch, dim=16, size=32).train(), 4, 0.05
+        if arch.startswith(("resnet", "seresnet", "googlenet", "lightcnn", "mobilenetv2")):
+            n, lr = 8, 1e-5                                 # batch norm on 1x1 maps: the loss is rough
+        seen = four_losses(net, images[:n], labels[:n], lr)
         assert seen[3] < seen[0], (arch, seen)
         state = net.state_dict()
         if count(net) < 3e7:                                # through a file, where the clock allows it
-            torch.save(state, file := io.BytesIO())
+            file = io.BytesIO()
+            torch.save(state, file)
             file.seek(0)
             state = torch.load(file)
         twin = on_meta(arch, 16, 32)
@@ -1282,77 +1921,121 @@ SMALL = ("lenetpp", "alexnet", "vgg11", "googlenet", "lightcnn29", "resnet18", "
          "iresnet18", "iresnet_se18", "mobilenetv2", "mobilefacenet", "convnext_atto")
 
 
-def test_models_sizes_memory_format_autocast_and_fold():
+def check_fold(net, images, norms_left):
+    """fold makes an equal copy, once; the batch norms left stand before a convolution."""
+    want, folded = net(images), models.fold(net)
+    assert str(folded).count("BatchNorm") == norms_left and relative_error(folded(images), want) < 1e-9
+    assert torch.equal(net(images), want) and not net.folded and models.fold(folded) is folded
+
+
+def check_half_precision(net, images):
+    for kind in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", kind):
+            out = net.train()(images)
+        assert out.isfinite().all(), kind
+    out.float().square().mean().backward()                  # not in float16: that takes minutes on a CPU
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
+def check_seed(net, images):
+    """Dropout and drop-path draw from the global generator alone."""
+    for block in net.modules():
+        if isinstance(block, models.ConvNeXtBlock):
+            nn.init.ones_(block.scale)
+    def output(seed):
+        torch.manual_seed(seed)
+        return net(images)
+
+    assert torch.equal(output(1), output(1)) and not torch.equal(output(1), output(2))
+
+
+def test_models_fold_and_run_in_other_sizes_memory_formats_and_precisions():
     for arch in SMALL:
         torch.manual_seed(0)
         net, images = models.make(arch, dim=8, size=48), torch.randn(4, 3, 48, 48)
-        with torch.no_grad():
+        with case(arch), torch.no_grad():
             for _ in range(3):                              # statistics away from 0 and 1
                 net(images)
-            net.eval()
-            want, folded = net(images), models.fold(net)
-            norms = [m for m in folded.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-            assert len(norms) == (9 if "iresnet" in arch else 0), arch      # before a convolution they stay
-            assert (folded(images) - want).abs().max() < 1e-5 * want.abs().max(), arch
-            assert torch.equal(net(images), want), arch     # fold works on a copy
+            want = net.eval()(images)
+            check_fold(copy.deepcopy(net).double(), images.double(), 9 if "iresnet" in arch else 0)
             for side in (32, 80):
-                assert net(torch.randn(1, 3, side, side)).shape == (1, 8), (arch, side)
-            last = net.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
-            assert (last - want).abs().max() < 1e-4 * want.abs().max(), arch
-        for kind in (torch.float16, torch.bfloat16):
-            with torch.autocast("cpu", kind):
-                out = net.train()(images[:2, :, :32, :32])
-            assert out.isfinite().all(), (arch, kind)
-        out.float().square().mean().backward()              # not in float16: that takes minutes on a CPU
-        assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad), arch
-        for block in net.modules():
-            if isinstance(block, models.ConvNeXtBlock):
-                nn.init.ones_(block.scale)
-        outputs = []
-        for seed in (1, 2, 1) if arch in ("iresnet18", "convnext_atto") else ():    # dropout, drop-path: of the
-            torch.manual_seed(seed)                                                 # global generator alone
-            outputs.append(net(images))
-        assert not outputs or torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1]), arch
+                assert net(torch.randn(1, 3, side, side)).shape == (1, 8), side
+            last = net.to(**CHANNELS_LAST)(images.to(**CHANNELS_LAST))
+            assert relative_error(last, want) < 1e-4
+        with case(arch):
+            check_half_precision(net, images[:2, :, :32, :32])
+            if arch in ("iresnet18", "convnext_atto"):
+                check_seed(net, images)
 
+
+# ---- Making one
 
 def test_models_make_answers_mistakes():
     for words, *arguments in (("resnet50", "resnt50"), ("iresnet_se50", "iresnet_se5"), ("nearest", None),
                               ("dimension", "resnet18", 0), ("32..256", "resnet18", 8, 31),
                               ("32..256", "resnet18", 8, 257)):
         raises(words, models.make, *arguments)
-    for arch, size in itertools.product(SMALL, (33, 100, 255)):
-        net, sides = on_meta(arch, 8, size), []
-        for m in net.modules():
-            if isinstance(m, models.Fit):                   # a net of this size pools only to bound its neck
-                m.register_forward_hook(lambda m, x, y: sides.append((x[0].shape[-1], y.shape[-1])))
-        assert models.macs(net, size) > 0
-        assert all(a == b or a > b == 4 for a, b in sides) and sides, (arch, size, sides)
-    assert [line.split()[0] for line in models.table().splitlines()[1:]] == list(models.ARCHS)
+
+
+def test_models_pool_at_their_own_size_only_to_bound_the_neck():
+    real, sides = models.PoolTo.forward, []
+
+    def forward(pool, x):
+        y = real(pool, x)
+        sides.append((x.shape[-1], y.shape[-1]))
+        return y
+
+    with mock.patch.object(models.PoolTo, "forward", forward):
+        for arch, size in itertools.product(SMALL, (33, 100, 255)):
+            sides.clear()
+            net, image = on_meta(arch, 8, size).eval(), torch.empty(1, 3, size, size, device="meta")
+            assert net(image).shape == (1, 8) and sides
+            assert all(a == b or a > b == 4 for a, b in sides), (arch, size, sides)
+
+
+def test_models_table_has_a_line_for_each():
+    names = [line.split()[0] for line in models.table().splitlines()[1:]]
+    assert names == list(models.ARCHS)
 
 
 # ---- losses.py -----------------------------------------------------------------------------------------------
 
 CLASS_HEADS = ("modified normface coco vmf adacos lsoftmax asoftmax sphereface am cosface arcface combined curricular "
                "subcenter adaface magface elastic sphereface2 uniface circle_class groupface").split()
-SAMPLED = [n for n, f in losses.FORMULAS.items() if "sample" in inspect.signature(f).parameters]
+SAMPLED = [name for name, cls in losses.LOSSES.items() if "sample" in losses.arguments_of(cls)]
 SHAPES = "range ring uniform center center_invariant".split()                   # terms that alone make no embedding
+
+
+def published(cls, *_):
+    """In place of default_scale_and_margin()."""
+    return {"s": 64.0, "m": 0.35 if cls is losses.CosFace else 0.5}
 
 
 def loss_of(spec, dim=8, classes=6, double=True, seed=0):
     torch.manual_seed(seed)
-    published = lambda f, *_: {"s": 64.0, "m": 0.35 if f is losses.cosface else 0.5}
-    with mock.patch.object(losses, "automatic", published):
+    with mock.patch.object(losses, "default_scale_and_margin", published):
         module = losses.make(spec, dim, classes)
     return module.double() if double else module
 
 
 def with_partner(name):
-    return ("ce+" if name in SHAPES or name == "regular" else "") + name
+    alone = name not in (*SHAPES, "regular")
+    return name if alone else f"ce+{name}"
 
 
 def people(people=4, each=3, dim=8, seed=1):
+    """Embeddings of float64 and labels."""
     torch.manual_seed(seed)
-    return (torch.randn(people * each, dim).double() * 2).requires_grad_(), torch.arange(people).repeat(each)
+    x = 2 * torch.randn(people * each, dim).double()
+    return x.requires_grad_(), torch.arange(people).repeat(each)
+
+
+def cosines_of(head, x):
+    return losses.unit(x) @ losses.unit(head.weight).T
+
+
+def gradient(value, x):
+    return torch.autograd.grad(value, x, retain_graph=True)[0]
 
 
 @contextlib.contextmanager
@@ -1365,198 +2048,429 @@ def logits_seen():
             seen.append((logits.detach().clone(), getattr(y, "column", y)))
             return f(logits, y, *args, **keywords)
         return watched
-    with mock.patch.object(F, "cross_entropy", watch(F.cross_entropy)), \
-            mock.patch.object(losses, "one_against_rest", watch(losses.one_against_rest)):
+
+    one_cross_entropy = mock.patch.object(F, "cross_entropy", watch(F.cross_entropy))
+    one_rest = mock.patch.object(losses, "one_against_rest", watch(losses.one_against_rest))
+    with one_cross_entropy, one_rest:
         yield seen
 
 
+# Specs of the same formula, up to float32's constants.
+EQUAL = [
+    ("combined:m1=1,m2=0,m3=0", "normface:s=64,learn=false"),
+    ("combined:m2=0.5,m3=0", "arcface"),
+    ("combined:m2=0,m3=0.35", "cosface"),
+    ("combined:s=30,m1=1.7,m2=0,m3=0", "sphereface"),
+    ("am:s=64", "cosface"),
+    ("normface:s=30", "coco"),
+    ("adaface:h=0,m=0.35", "cosface"),
+    ("elastic:sigma=0", "arcface"),
+    ("elastic:sigma=0,kind=cos,m=0.35", "cosface"),
+    ("subcenter:k=1", "arcface"),
+    ("magface:m_low=0.5,m_high=0.5,lam=0", "arcface"),
+    ("vmf:shared=true", "coco"),
+    ("adacos:dynamic=false", f"coco:s={math.sqrt(2) * math.log(5)!r}"),
+    ("asoftmax:base=1e14", "modified"),
+    ("asoftmax:m=1", "modified"),
+    ("tse:m=0.3,k=8", "hinge:m=0.3"),
+    ("elastic", "arcface"),
+]
+
+
 def test_losses_equal_each_other_at_special_parameters():
-    for a, b in (("combined:m1=1,m2=0,m3=0", "normface:s=64,learn=false"), ("combined:m2=0.5,m3=0", "arcface"),
-                 ("combined:m2=0,m3=0.35", "cosface"), ("combined:s=30,m1=1.7,m2=0,m3=0", "sphereface"),
-                 ("am:s=64", "cosface"), ("normface:s=30", "coco"),
-                 ("adaface:h=0,m=0.35", "cosface"), ("elastic:sigma=0", "arcface"),
-                 ("elastic:sigma=0,kind=cos,m=0.35", "cosface"), ("subcenter:k=1", "arcface"),
-                 ("magface:m_low=0.5,m_high=0.5,lam=0", "arcface"), ("vmf:shared=true", "coco"),
-                 ("adacos:dynamic=false", f"coco:s={math.sqrt(2) * math.log(5)!r}"),
-                 ("asoftmax:base=1e14", "modified"), ("asoftmax:m=1", "modified"), ("tse:m=0.3,k=8", "hinge:m=0.3"),
-                 ("elastic", "arcface")):
+    for a, b in EQUAL:
         one, two = loss_of(a), loss_of(b)
         one.train(a != "elastic")                                               # its noise is for training only
         for p, q in zip(one.parameters(), two.parameters()):
             p.data = q.data.clone()
         x, y = people()
         r, t = one(x, y), two(x, y)
-        close(r, t, 1e-6)                                                       # some constants are float32's
-        close(*(torch.autograd.grad(v, x)[0] for v in (r, t)), tolerance=1e-6)
+        close(r, t, 1e-6, a)
+        close(gradient(r, x), gradient(t, x), 1e-6, a)
+
+
+def test_losses_with_a_margin_become_arcface():
     x, y = people()
-    ada, arc = loss_of("adaface:m=0.4").eval(), loss_of("arcface:m=0.4")
-    ada.terms[0].mean.fill_(1e6), ada.terms[0].std.fill_(1.0)                   # every norm is far below: z = -1
+    arc = loss_of("arcface")
+    ada = loss_of("adaface:m=0.5").eval()
+    ada.terms[0].mean.fill_(1e6)                                                # every norm is far below: z = -1
+    ada.terms[0].std.fill_(1.0)
     close(ada(x, y), arc(x, y))
-    group, lam, arc = loss_of("groupface:lam=0.1").eval(), loss_of("groupface:lam=0").eval(), loss_of("arcface")
-    for g in (group, lam):
+    w = losses.unit(arc.weight).detach()[:3]                                    # no negative is hard on its own weight
+    own = torch.arange(3)
+    close(loss_of("curricular")(w, own), arc(w, own))
+    mag = loss_of("magface:m_low=0.5,m_high=0.5,low=1,high=50")
+    a = x.norm(dim=1).clamp(1, 50)
+    reward = 1 / a + a / 2500
+    close(mag(x, y), arc(x, y) + 35 * reward.mean())
+
+
+def test_losses_groupface_without_parts_is_arcface_and_balances_groups():
+    x, y = people()
+    arc = loss_of("arcface")
+    group, alone = loss_of("groupface:lam=0.1").eval(), loss_of("groupface:lam=0").eval()
+    for g in (group, alone):
         g.terms[0].parts.data.zero_()
         g.weight.data = arc.weight.data
-    close(lam(x, y), arc(x, y))
-    p = group.terms[0].groups(x)
-    close(group(x, y) - arc(x, y), 0.1 * F.cross_entropy(p, (p.softmax(1) - 0.25).argmax(1)))
-    w = losses.unit(arc.weight).detach()[:3]                                    # no negative is hard on its own weight
-    close(loss_of("curricular")(w, torch.arange(3)), arc(w, torch.arange(3)))
-    mag, a = loss_of("magface:m_low=0.5,m_high=0.5,low=1,high=50"), x.norm(dim=1).clamp(1, 50)
-    close(mag(x, y), arc(x, y) + 35 * (1 / a + a / 2500).mean())
-    pairs = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    close(loss_of("npair:reg=0")(x[:8], pairs), F.cross_entropy(x[:4] @ x[4:8].T, torch.arange(4)))
-    two = losses.cosines(x[:8]).fill_diagonal_(-math.inf) / 0.1
-    close(loss_of("supcon")(x[:8], pairs), F.cross_entropy(two, (torch.arange(8) + 4) % 8))
-    vmf, k = loss_of("vmf:s=20"), 20.0                                          # d log C_D / dk = -I_{v+1}/I_v
+    close(alone(x, y), arc(x, y))
+    scores = group.terms[0].groups(x)
+    wanted = (scores.softmax(1) - 0.25).argmax(1)
+    close(group(x, y) - arc(x, y), 0.1 * F.cross_entropy(scores, wanted))
+
+
+def test_losses_npair_and_supcon_of_two_images_are_cross_entropies():
+    x = people()[0][:8]
+    y = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    products = x[:4] @ x[4:].T
+    close(loss_of("npair:reg=0")(x, y), F.cross_entropy(products, y[:4]))
+    others = losses.cosines(x).fill_diagonal_(-math.inf)
+    pairs = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
+    close(loss_of("supcon")(x, y), F.cross_entropy(others / 0.1, pairs))
+
+
+def bessel(v, k):
+    """Modified Bessel function I_v(k), by its series."""
+    total = 0.0
+    for i in range(60):
+        power = (k / 2) ** (2 * i + v)
+        total += power / math.gamma(i + 1) / math.gamma(i + v + 1)
+    return total
+
+
+def test_losses_vmf_has_the_normaliser_of_von_mises_and_fisher():
+    x, k = people()[0], 20.0
+    vmf = loss_of("vmf:s=20")
     vmf.logits(x)[0, 2].backward()
-    three, four = (sum((k / 2) ** (2 * i + v) / math.gamma(i + 1) / math.gamma(i + v + 1) for i in range(60))
-                   for v in (3, 4))
     cos = losses.unit(x[0]) @ losses.unit(vmf.weight[2])
-    close(vmf.terms[0].log_k.grad[2], k * (cos - four / three), 5e-3)
+    ratio = bessel(4, k) / bessel(3, k)                                         # (log C_D)' = -I_{v+1}/I_v
+    close(vmf.terms[0].log_k.grad[2], k * (cos - ratio), 5e-3)
 
 
-def by_hand(x, y):
-    """name -> value, by loops over Python numbers."""
-    def mean(v):
-        return sum(v) / max(len(v), 1)
+# ---- losses.py: pairs and triplets by loops ---------------------------------------------------------------------
 
-    def plus(v):
-        return max(v, 0.0)
+def mean(values):
+    values = list(values)
+    return sum(values) / max(len(values), 1)
 
-    def soft(v):
-        return math.log1p(math.exp(v))
 
-    def dot(i, j):
-        return float(x[i] @ x[j])
+def plus(v):
+    return max(v, 0.0)
 
-    def shared(i, f, others):                               # the sum of exp f over others of image i
-        return sum(math.exp(f(s[i][j])) for j in others[i])
 
-    n, u = range(len(y)), losses.unit(x)
-    s = [[float(u[i] @ u[j]) for j in n] for i in n]
-    d = [[float((u[i] - u[j]).norm()) for j in n] for i in n]
-    same = [(i, j) for i in n for j in n if i != j and y[i] == y[j]]
-    other = [(i, j) for i in n for j in n if y[i] != y[j]]
-    P, N = ([[j for a, j in pairs if a == i] for i in n] for pairs in (same, other))
-    both = [a for a in n if P[a] and N[a]]
-    triples = {"all": [(a, p, q) for a, p in same for q in N[a]], "semihard": [],
-               "hard": [(a, min(P[a], key=lambda p: s[a][p]), max(N[a], key=lambda q: s[a][q])) for a in both]}
-    for a, p in same:
-        if N[a]:
-            far = [q for q in N[a] if s[a][q] < s[a][p]]
-            q = max(far, key=lambda q: s[a][q]) if far else min(N[a], key=lambda q: s[a][q])
-            triples["semihard"].append((a, p, q))
-    gaps = {mining: [s[a][q] - s[a][p] for a, p, q in some] for mining, some in triples.items()}
-    tri = {mining: [plus(2 * gap + 0.2) for gap in some] for mining, some in gaps.items()}      # d^2 = 2 - 2 s
-    people, intra = {c: [i for i in n if y[i] == c] for c in y.tolist()}, 0.0
-    for c in people:
-        worst = sorted((d[i][j] for i, j in same if i < j and y[i] == c), reverse=True)[:2]
-        intra += len(worst) / sum(1 / v for v in worst) if worst else 0
-    mid = [u[some].mean(0) for some in people.values()]
-    inter = min((float((a - b).norm()) ** 2 for i, a in enumerate(mid) for b in mid[:i]), default=9.0)
-    first = [some for some in people.values() if len(some) > 1]
-    rest = [[a for a in n if a != i] for i in n]
-    con = [-mean([s[i][p] / 0.1 - math.log(shared(i, lambda c: c / 0.1, rest)) for p in P[i]]) for i in n if P[i]]
-    cir = [soft(math.log(shared(i, lambda c: 80 * plus(c + 0.4) * (c - 0.4), N))
-                + math.log(shared(i, lambda c: -80 * plus(1.4 - c) * (c - 0.6), P))) for i in both]
-    mul = [math.log1p(shared(i, lambda c: -2 * (c - 0.5), P)) / 2
-           + math.log1p(shared(i, lambda c: 50 * (c - 0.5), N)) / 50 for i in n]
-    l1 = [[math.sqrt(8) - 1.4 * math.log(2) * float((u[i] - u[j]).abs().sum()) for j in n] for i in n]
-    return {
-        "contrastive": mean([d[i][j] ** 2 / 2 for i, j in same]) + mean([plus(1 - d[i][j]) ** 2 / 2 for i, j in other]),
-        "double_margin": mean([plus(d[i][j] - 0.4) ** 2 for i, j in same])
-        + mean([plus(1.2 - d[i][j]) ** 2 for i, j in other]),
-        "marginal": mean([plus(0.3 - 1.2 + d[i][j] ** 2) for i, j in same]
-                         + [plus(0.3 + 1.2 - d[i][j] ** 2) for i, j in other]),
-        "triplet:mining=all": mean([v for v in tri["all"] if v > 0]), "triplet:mining=hard": mean(tri["hard"]),
-        "triplet": mean(tri["semihard"]), "hinge": mean([plus(v + 0.2) for v in gaps["all"]]),
-        "hinge:mining=hard": mean([plus(v + 0.2) for v in gaps["hard"]]),
-        "tse:k=8": mean([plus(v + 0.1) for v in gaps["all"]]), "tpe:k=8": mean([soft(v) for v in gaps["all"]]),
-        "npair": mean([math.log(sum(math.exp(dot(v[0], w[1])) for w in first)) - dot(v[0], v[1]) for v in first])
-        + 0.002 * mean([dot(i, i) for i in n]),
-        "supcon": mean(con), "circle": mean(cir), "multisim": mean(mul), "range": intra + plus(1 - inter),
-        "siamese": mean([soft(-l1[i][j]) for i, j in same]) + mean([soft(l1[i][j]) for i, j in other]),
-        "uniform": mean([1 / (1 + d[i][j]) for i, j in other]) if not same else None}
+def softplus(v):
+    return math.log1p(math.exp(v))
+
+
+class Loops:
+    """A batch in Python numbers: people as lists of their images, distances near of genuine and far of impostor pairs,
+    and the cosines positive and negative of each image with others."""
+    def __init__(self, x, y, p=2):
+        self.x, self.y, self.p = x, y, p
+        self.u, self.n = losses.unit(x), range(len(y))
+        self.near, self.far, self.people = [], [], {}
+        self.positive = [[] for _ in y]
+        self.negative = [[] for _ in y]
+        for i in self.n:
+            self.people.setdefault(int(y[i]), []).append(i)
+        for i, j in itertools.permutations(self.n, 2):
+            same = y[i] == y[j]
+            distances = self.near if same else self.far
+            cosines = self.positive if same else self.negative
+            distances.append(self.distance(i, j))
+            cosines[i].append(float(self.u[i] @ self.u[j]))
+
+    def distance(self, i, j):
+        difference = self.u[i] - self.u[j]
+        return float(difference.norm(self.p))
+
+    def anchors(self):
+        """(positive, negative) of the images that have both."""
+        return [both for both in zip(self.positive, self.negative) if all(both)]
+
+    def gaps(self, mining):
+        """Cosine of the negative less that of the positive, of the triplets chosen."""
+        gaps = []
+        for near, far in self.anchors():
+            if mining == "hard":
+                near, far = [min(near)], [max(far)]
+            for p, q in itertools.product(near, far):
+                semihard = max((s for s in far if s < p), default=min(far))
+                if mining != "semihard" or q == semihard:
+                    gaps.append(q - p)
+        return gaps
+
+
+def sum_exp(f, cosines):
+    return sum(math.exp(f(s)) for s in cosines)
+
+
+def contrastive(b):
+    genuine = mean(d ** 2 / 2 for d in b.near)
+    return genuine + mean(plus(1 - d) ** 2 / 2 for d in b.far)
+
+
+def double_margin(b):
+    genuine = mean(plus(d - 0.4) ** 2 for d in b.near)
+    return genuine + mean(plus(1.2 - d) ** 2 for d in b.far)
+
+
+def marginal(b):
+    genuine = [plus(0.3 - 1.2 + d ** 2) for d in b.near]
+    impostor = [plus(0.3 + 1.2 - d ** 2) for d in b.far]
+    return mean(genuine + impostor)
+
+
+def siamese(b):
+    b = Loops(b.x, b.y, p=1)
+    w, bias = 1.4 * math.log(2), math.sqrt(8)
+    genuine = mean(softplus(w * d - bias) for d in b.near)
+    return genuine + mean(softplus(bias - w * d) for d in b.far)
+
+
+def triplet(b, mining):
+    return mean(plus(2 * gap + 0.2) for gap in b.gaps(mining))                  # d^2 = 2 - 2 s
+
+
+def triplet_all(b):
+    costs = [plus(2 * gap + 0.2) for gap in b.gaps("all")]
+    return mean(filter(None, costs))
+
+
+def hinge(b, m, mining):
+    return mean(plus(gap + m) for gap in b.gaps(mining))
+
+
+def npair(b):
+    rows = []
+    pairs = [b.x[images[:2]] for images in b.people.values() if len(images) > 1]
+    for anchor, positive in pairs:
+        total = sum(math.exp(anchor @ other) for _, other in pairs)
+        rows.append(math.log(total) - float(anchor @ positive))
+    norms = [float(x @ x) for x in b.x]
+    return mean(rows) + 0.002 * mean(norms)
+
+
+def supcon(b):
+    rows = []
+    for positive, negative in zip(b.positive, b.negative):
+        total = sum_exp(lambda s: s / 0.1, positive + negative)
+        if positive:
+            rows.append(math.log(total) - mean(positive) / 0.1)
+    return mean(rows)
+
+
+def circle(b):
+    rows = []
+    for positive, negative in b.anchors():
+        apart = sum_exp(lambda s: 80 * plus(s + 0.4) * (s - 0.4), negative)
+        together = sum_exp(lambda s: -80 * plus(1.4 - s) * (s - 0.6), positive)
+        rows.append(softplus(math.log(apart) + math.log(together)))
+    return mean(rows)
+
+
+def multisim(b):
+    rows = []
+    for positive, negative in zip(b.positive, b.negative):
+        apart = sum_exp(lambda s: 50 * (s - 0.5), negative)
+        together = sum_exp(lambda s: -2 * (s - 0.5), positive)
+        rows.append(math.log1p(together) / 2 + math.log1p(apart) / 50)
+    return mean(rows)
+
+
+def range_loss(b):
+    intra = 0.0
+    for images in b.people.values():
+        pairs = itertools.combinations(images, 2)
+        worst = sorted(itertools.starmap(b.distance, pairs))[-2:]
+        if worst:
+            intra += len(worst) / sum(1 / d for d in worst)
+    centres = [b.u[images].mean(0) for images in b.people.values()]
+    squares = [9.0]
+    for p, q in itertools.combinations(centres, 2):
+        squares.append(float((p - q).square().sum()))
+    return intra + plus(1 - min(squares))
+
+
+def uniform(b):
+    """Of one image a person, whose centre moved from zero towards it."""
+    if not b.near:
+        return mean(1 / (1 + d) for d in b.far)
+
+
+BY_HAND = {
+    "contrastive": contrastive,
+    "double_margin": double_margin,
+    "marginal": marginal,
+    "siamese": siamese,
+    "triplet:mining=all": triplet_all,
+    "triplet:mining=hard": lambda b: triplet(b, "hard"),
+    "triplet": lambda b: triplet(b, "semihard"),
+    "hinge": lambda b: hinge(b, 0.2, "all"),
+    "hinge:mining=hard": lambda b: hinge(b, 0.2, "hard"),
+    "tse:k=8": lambda b: hinge(b, 0.1, "all"),
+    "tpe:k=8": lambda b: mean(map(softplus, b.gaps("all"))),
+    "npair": npair,
+    "supcon": supcon,
+    "circle": circle,
+    "multisim": multisim,
+    "range": range_loss,
+    "uniform": uniform,
+}
+
+
+LABELS = [
+    [0, 1, 2, 3] * 3,
+    [0] * 5 + [1] * 3 + [2, 2, 3, 4],
+    [5] * 12,
+    list(range(12)),
+]
 
 
 def test_losses_of_pairs_and_triplets_agree_with_loops():
-    for labels in ([0, 1, 2, 3] * 3, [0] * 5 + [1] * 3 + [2, 2, 3, 4], [5] * 12, list(range(12))):
-        x, y = people(seed=len(set(labels)))[0], torch.tensor(labels)
+    for labels in LABELS:
+        y = torch.tensor(labels)
+        x = people(seed=len(y.unique()))[0]
         x.data[4] = x.data[0] + 0.1                                             # close, by an angle in any margin
-        for spec, want in by_hand(x.detach(), y).items():
+        batch = Loops(x.detach(), y)
+        for spec, formula in BY_HAND.items():
+            want = formula(batch)
             if want is not None:
-                close(loss_of(spec, classes=12)(x, y), want, 1e-6 if "circle" in spec else 1e-7, spec)
+                tolerance = 1e-6 if spec == "circle" else 1e-7
+                close(loss_of(spec, classes=12)(x, y), want, tolerance, spec)
 
 
-def test_losses_terms_follow_the_published_rules():
-    x, y = people()[0], torch.tensor([0] * 5 + [1] * 3 + [2, 2, 3, 3])
-    center, invariant, ring = loss_of("center"), loss_of("center_invariant"), loss_of("ring")
-    c, each = torch.zeros(6, 8).double(), [torch.nonzero(y == k)[:, 0] for k in range(6)]
+# ---- losses.py: published rules, margins, gradients ---------------------------------------------------------------
+
+def test_losses_centres_move_by_the_published_rule():
+    x, y = people()[0], torch.tensor(LABELS[1])
+    center, invariant = loss_of("center"), loss_of("center_invariant")
+    c = torch.zeros(6, 8).double()
     for step in range(3):
         z = (x * (1 + step)).detach().requires_grad_()
         value = center(z, y)
-        close(value, sum((z[i] - c[y[i]]).square().sum() for i in range(12)) / 24)
-        close(torch.autograd.grad(value, z)[0], (z - c[y]).detach() / 12)
-        mean = c.square().sum(1).mean()
-        c = torch.stack([old - 0.5 * (old - z.detach()[some]).sum(0) / (1 + len(some)) for old, some in zip(c, each)])
-        close(invariant(z, y), sum((c[y[i]].square().sum() - mean) ** 2 for i in range(12)) / 48)
-        close(center.terms[0].c, c), close(invariant.terms[0].c, c)
+        close(value, (z - c[y]).square().sum() / 24)
+        close(gradient(value, z), (z - c[y]).detach() / 12)
+        norms = c.square().sum(1)
+        for k in range(6):
+            mine = z.detach()[y == k]
+            c[k] -= 0.5 * (c[k] - mine).sum(0) / (1 + len(mine))
+        excess = c.square().sum(1)[y] - norms.mean()
+        close(invariant(z, y), excess.square().sum() / 48)
+        close(center.terms[0].c, c)
+        close(invariant.terms[0].c, c)
     assert center.eval()(x, y) == center(x, y)                                  # evaluation moves nothing
+
+
+def test_losses_ring_starts_at_the_first_batch_and_regular_sees_the_nearest_class():
+    (x, y), ring = people(), loss_of("ring")
     norm = x.norm(dim=1)
     for scale in (1, 2):
-        close(ring(scale * x, y), (scale * norm - norm.mean()).square().mean() / 2)
+        excess = scale * norm - norm.mean()
+        close(ring(scale * x, y), excess.square().mean() / 2)
     reg = loss_of("ce+regular")
-    w = losses.unit(reg.weight.detach())
-    near = [max(float(w[a] @ w[b]) for b in range(6) if b != a) for a in y.tolist()]
+    cos = losses.cosines(reg.weight.detach()).fill_diagonal_(-2)
+    near = [max(cos[k].tolist()) for k in y.tolist()]
     close(reg(x, y) - loss_of("ce")(x, y), sum(near) / 12)
-    adacos = loss_of("adacos")
-    cos, s0 = losses.unit(x) @ losses.unit(adacos.weight).T, float(adacos.terms[0].s)
-    mean = sum(math.exp(s0 * cos.detach()[i, j]) for i in range(12) for j in range(6) if j != y[i]) / 12
-    theta = sorted(math.acos(cos.detach()[i, y[i]]) for i in range(12))[5]
+
+
+def test_losses_adacos_follows_the_median_angle():
+    (x, y), adacos = people(), loss_of("adacos")
+    s = float(adacos.terms[0].s)
+    cos = cosines_of(adacos, x).detach()
+    hot = F.one_hot(y, 6) > 0
+    total = sum(math.exp(s * c) for c in cos[~hot].tolist())
+    theta = sorted(math.acos(c) for c in cos[hot].tolist())[5]
     adacos(x, y)
-    close(adacos.terms[0].s, math.log(mean) / math.cos(min(theta, math.pi / 4)), 1e-7)
-    mine, hot, still = cos.gather(1, y[:, None]), F.one_hot(y, 6) > 0, cos.detach()      # the fast ones, plainly
-    angle = mine.acos() + 0.5
-    target = torch.where(angle < math.pi, angle.cos(), -2 - angle.cos()).detach() + mine - mine.detach()
-    for name, mine, rest in (
-            ("curricular", target, cos * torch.where(cos > target, 0.01 * mine.mean().detach() + cos, 1)),
-            ("circle_class", 4 * (1.25 - still) * (cos - 0.75), 4 * (still + 0.25).relu() * (cos - 0.25))):
-        pair = F.cross_entropy(64 * torch.where(hot, mine, rest), y), loss_of(name)(x, y)
-        close(*pair)
-        close(*(torch.autograd.grad(v, x, retain_graph=True)[0] for v in pair), tolerance=1e-6)
+    want = math.log(total / 12) / math.cos(min(theta, math.pi / 4))
+    close(adacos.terms[0].s, want, 1e-7)
+
+
+def test_losses_curricular_and_circle_equal_their_plain_formulas():
+    (x, y), head = people(), loss_of("curricular")
+    cos, hot = cosines_of(head, x), F.one_hot(y, 6) > 0
+    t, still = cos.gather(1, y[:, None]), cos.detach()
+    angle = (t.acos() + 0.5).detach()
+    target = torch.where(angle < math.pi, angle.cos(), -2 - angle.cos())
+    target = target + t - t.detach()
+    r = 0.01 * t.mean().detach()
+    hard = torch.where(cos > target, r + cos, 1)
+    own = 4 * (1.25 - still) * (cos - 0.75)
+    rest = 4 * (still + 0.25).relu() * (cos - 0.25)
+    plain = {"curricular": torch.where(hot, target, cos * hard), "circle_class": torch.where(hot, own, rest)}
+    for name, logits in plain.items():
+        want, have = F.cross_entropy(64 * logits, y), loss_of(name)(x, y)
+        close(have, want, what=name)
+        close(gradient(have, x), gradient(want, x), 1e-6, name)
+
+
+def test_losses_sphereface2_starts_where_orthogonal_embeddings_like_it():
+    x = torch.eye(8).double()[4:6]
     for spec, n in itertools.product(("sphereface2", "sphereface2:alpha=0.8,r=64,m=0.5"), (2, 3, 8)):
-        two = loss_of(spec, classes=n)                                         # b starts where orthogonal x like it
-        two.weight.data = torch.eye(2, 8).double()[[0] * n]
-        close(torch.autograd.grad(two(torch.eye(8).double()[4:6], torch.tensor([0, 1])), two.terms[0].b)[0], 0, 1e-4)
-    two, uni = loss_of("sphereface2"), loss_of("uniface")
-    close(two.logits(x), 40 * (2 * ((cos + 1) / 2) ** 3 - 1) + two.terms[0].b)
-    questions = F.softplus(torch.where(hot, -1, 1) * (two.logits(x) + 40 * 0.4 * torch.where(hot, -1, 1)))
-    close(two(x, y), (questions * torch.where(hot, 0.7, 0.3)).sum() / 12 * 50 / 40, 1e-6)
-    questions = F.softplus(torch.where(hot, -1, 1) * (uni.logits(x) - math.log(60) - 64 * 0.4 * hot))
+        two = loss_of(spec, classes=n)
+        two.weight.data = torch.eye(8).double()[[0] * n]
+        value = two(x, torch.tensor([0, 1]))
+        close(gradient(value, two.terms[0].b), 0, 1e-4)
+
+
+def test_losses_sphereface2_and_uniface_ask_yes_or_no_questions():
+    (x, y), two, uni = people(), loss_of("sphereface2"), loss_of("uniface")
+    half, hot = (cosines_of(two, x) + 1) / 2, F.one_hot(y, 6) > 0
+    sign = torch.where(hot, -1, 1)
+    logits = 40 * (2 * half ** 3 - 1) + two.terms[0].b
+    close(two.logits(x), logits)
+    questions = F.softplus(sign * logits + 40 * 0.4)
+    weighed = questions * torch.where(hot, 0.7, 0.3)
+    close(two(x, y), weighed.sum() / 12 * 50 / 40, 1e-6)
+    logits = uni.logits(x) - math.log(60) - 64 * 0.4 * hot
+    questions = F.softplus(sign * logits)
     close(uni(x, y), questions.sum() / 12, 1e-6)
 
 
-def test_losses_margin_has_the_right_gradient_and_falls_on_all_angles():
-    t, m2 = (torch.linspace(a, b, 37).double().requires_grad_() for a, b in ((-0.99, 0.99), (-0.4, 0.9)))
-    angles = torch.linspace(0, math.pi, 2001).double()
-    for m in ((1, 0, 0), (1, 0.5, 0), (1, 0, 0.35), (1.7, 0, 0), (4, 0, 0), (1.2, 0.4, 0.1), (0.9, 0.4, 0.15)):
-        value = losses.psi(t, *m)
-        angle = m[0] * t.detach().acos() + m[1]
-        plain = torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2) - m[2]
-        assert m[0] > 2 or torch.allclose(value, plain)
-        assert (losses.psi(angles.cos(), *m).diff() < 0).all(), m
-    assert torch.autograd.gradcheck(lambda m2: losses.psi(t.detach(), 1.3, m2, 0.2 + m2), (m2,))
-    poles, own = torch.tensor([[1, 0.2], [-1, 0.2], [0.3, 0.5]], requires_grad=True), torch.zeros(3).long()
-    head = loss_of("arcface").terms[0]
-    margin = losses.margin_softmax(30 * poles, head.own(own), 30, lambda t: losses.psi(t, 1, 0.5))
-    plain = (30 * poles).detach().clone()
+MARGINS = [
+    (1, 0, 0),
+    (1, 0.5, 0),
+    (1, 0, 0.35),
+    (1.7, 0, 0),
+    (4, 0, 0),
+    (1.2, 0.4, 0.1),
+    (0.9, 0.4, 0.15),
+]
+ANGLES = torch.linspace(0, math.pi, 2001).double()
+
+
+def test_losses_psi_falls_on_all_angles_and_has_the_right_gradient():
+    t = torch.linspace(-0.99, 0.99, 37).double()
+    for m1, m2, m3 in MARGINS:
+        angle = m1 * t.acos() + m2
+        plain = torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2) - m3
+        assert m1 > 2 or torch.allclose(losses.psi(t, m1, m2, m3), plain), m1
+        falls = losses.psi(ANGLES.cos(), m1, m2, m3).diff() < 0
+        assert falls.all(), (m1, m2, m3)
+    m2 = torch.linspace(-0.4, 0.9, 37).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda m2: losses.psi(t, 1.3, m2, 0.2 + m2), m2)
+
+
+def test_losses_margin_is_a_constant_for_the_gradient_even_at_the_poles():
+    head, own = losses.ArcFace(2, 2, s=30, m=0.5), torch.zeros(3).long()
+    poles = torch.tensor([[1, 0.2], [-1, 0.2], [0.3, 0.5]], requires_grad=True)
+    head.compare = lambda x, y: (30 * x, losses.Target(y))
+    value = head(poles, own)
+    plain = 30 * poles.detach()
     plain[:, 0] = 30 * losses.psi(poles[:, 0].detach(), 1, 0.5)
-    want = 30 * (plain.softmax(1) - F.one_hot(own, 2)) / 3                      # as if the margin were a constant
-    close(torch.autograd.grad(margin, poles)[0], want, 1e-6)
-    x, w = torch.randn(5, 8).double().requires_grad_(), torch.randn(7, 8).double().requires_grad_()
+    close(value, F.cross_entropy(plain, own), 1e-6)
+    wrong = plain.softmax(1) - F.one_hot(own, 2)
+    close(gradient(value, poles), 30 * wrong / 3, 1e-6)
+
+
+def test_losses_cosines_have_the_right_gradient():
+    (x, _), (w, _) = people(5), people(7, seed=2)
     assert torch.autograd.gradcheck(losses.Cosines.apply, (x, w))
     close(losses.Cosines.apply(x, w), x @ losses.unit(w).T)
-    x, y = 15 * torch.stack([angles.cos(), -angles.sin()], 1), torch.zeros(2001).long()
+
+
+def test_losses_own_logits_fall_on_all_angles():
+    x = 15 * torch.stack([ANGLES.cos(), -ANGLES.sin()], 1)
+    y = torch.zeros(2001).long()
     for name in CLASS_HEADS:
         head = loss_of(name, 2, 2).eval()
         with torch.no_grad(), logits_seen() as seen:
@@ -1570,123 +2484,266 @@ def test_losses_margin_has_the_right_gradient_and_falls_on_all_angles():
 
 def test_losses_expected_is_the_first_loss():
     torch.manual_seed(3)
-    x, y, stated = torch.randn(256, 512), torch.randint(0, 2000, (256,)), []
+    x, y = torch.randn(256, 512), torch.randint(0, 2000, (256,))
+    stated = []
     for spec in (*losses.LOSSES, "ce+0.5*cosface:sample=0.2", "2*arcface", "arcface:sample=0.2", "elastic:kind=cos"):
-        if spec != "regular" and (want := loss_of(spec, 512, 2000).expected()) is not None:
-            got = sum(loss_of(spec, 512, 2000, False, k)(x, y).item() for k in range(2)) / 2
-            assert abs(got / want - 1) < 0.03, (spec, got, want)
+        want = None if spec == "regular" else loss_of(spec, 512, 2000).expected()
+        if want is not None:
+            have = mean(loss_of(spec, 512, 2000, False, seed)(x, y).item() for seed in (0, 1))
+            assert abs(have / want - 1) < 0.03, (spec, have, want)
             stated.append(spec)
     assert len(stated) >= 14, stated
 
 
-def test_losses_depend_on_no_order_and_survive_a_checkpoint():
+# ---- losses.py: what holds for every loss -------------------------------------------------------------------------
+
+def rename_classes(module, names):
+    """Give class j's weights to class names[j]; there are six."""
+    for p in module.parameters():
+        if p.shape[:1] in ((6,), (18,)):
+            rows = p.data.view(-1, 6, *p.shape[1:])
+            rows[:, names] = rows.clone()
+
+
+def test_losses_depend_on_no_order_of_images_or_classes():
+    names = torch.tensor([3, 5, 0, 4, 1, 2])
     for name in losses.LOSSES:
         spec = with_partner(name) + (":sigma=0" if name == "elastic" else "")
-        one, two, three, four = (loss_of(spec, seed=seed) for seed in (0, 0, 0, 9))
-        x, y = people(4, 2)                                                     # npair takes a person's first two
-        order, names = torch.randperm(8), torch.tensor([3, 5, 0, 4, 1, 2])
-        if name == "npair":
+        one, two, three = (loss_of(spec) for _ in range(3))
+        x, y = people(4, 2)
+        order = torch.randperm(8)
+        if name == "npair":                                                     # takes a person's first two
             order = torch.tensor([2, 0, 3, 1, 6, 4, 7, 5])
-        for p in three.parameters():
-            if p.shape[:1] in ((6,), (18,)):
-                q = p.data.clone().view(-1, 6, *p.shape[1:])
-                p.data.view_as(q)[:, names] = q
+        rename_classes(three, names)
         for _ in range(2):
             want = one(x, y)
             close(two(x[order], y[order]), want, what=name)
             close(three(x, names[y]), want, what=name)
-        for p in (x, *one.parameters()):
-            p.data += 0.1 * torch.randn_like(p)
-        four.load_state_dict(one.state_dict())
-        values = [(m(x, y), m.eval()(x, y), m.project(x).sum()) for m in (one, four) if torch.manual_seed(5)]
-        assert values[0] == values[1] and values[0][0].dtype == torch.float64, (name, values)
+
+
+def answers(module, x, y):
+    """What a loss says in training and in evaluation, with the same random numbers."""
+    torch.manual_seed(5)
+    training = module.train()(x, y)
+    return training, module.eval()(x, y), module.project(x).sum()
+
+
+def after_steps(module, x, y):
+    """The loss after two steps: buffers moved, and parameters."""
+    module(x, y), module(x, y)
+    for p in module.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return module
+
+
+def test_losses_survive_a_checkpoint():
+    for name in losses.LOSSES:
+        x, y = people(4, 2)
+        one = after_steps(loss_of(with_partner(name)), x, y)
+        two = loss_of(with_partner(name), seed=9)
+        two.load_state_dict(one.state_dict())
+        have, want = answers(two, x, y), answers(one, x, y)
+        assert have == want and have[0].dtype == torch.float64, (name, have, want)
+
+
+def test_losses_copies_and_pickles_are_independent():
+    for name in (*losses.LOSSES, "regular+subcenter:k=2"):
+        spec = with_partner(name)
+        x, y = people(4, 2)
+        one = after_steps(loss_of(spec), x, y)
+        state = copy.deepcopy(one.state_dict())
+        for twin in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            want = answers(twin, x, y)
+            after_steps(twin.train(), 2 * x, y)
+            fresh = loss_of(spec, seed=9)                                       # the twin uses its own state
+            fresh.load_state_dict(twin.state_dict())
+            assert answers(twin, x, y) == answers(fresh, x, y), name
+            for key, value in one.state_dict().items():
+                assert torch.equal(value, state[key]), (name, key)
+        assert answers(one, x, y) == want, name
+
+
+def test_losses_arcface_is_nine_named_calls_away():
+    (x, y), head, calls = people(), loss_of("arcface"), []
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename == losses.__file__:
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        head(x, y)
+    finally:
+        sys.setprofile(None)
+    assert calls[0] == "forward" and len(calls) <= 9, calls
+    assert all(map(str.isidentifier, calls)), calls                             # none is anonymous
+
+
+def kinds(x, w):
+    """Embeddings for which a loss could fail; w are the weights of their classes."""
+    return {
+        "random": x,
+        "perfect": 3 * w,
+        "opposite": -3 * w,
+        "zero": 0 * x,
+        "tiny": 1e-12 * x,
+        "huge": 1e4 * x,
+        "identical": torch.ones_like(x),
+    }
+
+
+def is_finite(module, x, y, where):
+    """Value and gradients of a batch, under autocast to its type, with two losses, as in gradient accumulation."""
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16 if x.dtype == torch.float32 else x.dtype):
+        value = module(x, y) + module(x, y)
+    value.backward()
+    assert value.dtype == torch.float32 and value.dim() == 0, where
+    state = [value, x.grad, *module.buffers()]
+    state += [p.grad for p in module.parameters() if p.grad is not None]
+    for t in state:
+        assert t.isfinite().all(), (where, value)
+
+
+BATCHES = [
+    (2, [0, 1] * 4),
+    (2, [1]),
+    (2, [0] * 8),
+    (1000, [0, 1] * 4),
+    (1000, list(range(8))),
+]
 
 
 def test_losses_are_finite_everywhere():
-    kinds = {"random": lambda x, w: x, "perfect": lambda x, w: 3 * w, "opposite": lambda x, w: -3 * w,
-             "zero": lambda x, w: 0 * x, "tiny": lambda x, w: 1e-12 * x, "huge": lambda x, w: 1e4 * x,
-             "identical": lambda x, w: torch.ones_like(x)}
-    half = [(d, k) for d in (torch.bfloat16, torch.float16) for k in ("random", "zero")]
-    for name in losses.LOSSES:
-        for classes, lists in (2, ([0, 1] * 4, [1], [0] * 8)), (1000, ([0, 1] * 4, list(range(8)))):
-            module = loss_of(with_partner(name), 16, classes, False)
-            w = torch.eye(16)[torch.arange(classes) % 16] if module.weight is None else losses.unit(
-                module.weight[:classes]).detach()
-            for labels in lists:
-                y = torch.tensor(labels)
-                for dtype, kind in (half if labels == lists[0] else []) + [(torch.float32, k) for k in kinds]:
-                    x = kinds[kind](torch.randn(len(y), 16), w[y]).to(dtype).requires_grad_()
-                    module.zero_grad()
-                    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else dtype):
-                        value = module(x, y) + module(x, y)                     # twice, as in gradient accumulation
-                    value.backward()
-                    where = name, classes, labels, kind, dtype, value
-                    assert value.dtype == torch.float32 and value.dim() == 0 and value.isfinite(), where
-                    some = [p.grad for p in (x, *module.parameters()) if p.grad is not None]
-                    assert all(v.isfinite().all() for v in (*some, *module.buffers())), where
+    for name, (classes, labels) in itertools.product(losses.LOSSES, BATCHES):
+        module, y = loss_of(with_partner(name), 16, classes, False), torch.tensor(labels)
+        w = torch.eye(16)[y]
+        if module.weight is not None:
+            w = losses.unit(module.weight[y]).detach()
+        for kind, x in kinds(torch.randn(len(y), 16), w).items():
+            is_finite(module, x, y, (name, classes, labels, kind))
+            if kind in ("random", "zero") and labels == [0, 1] * 4:
+                is_finite(module, x.bfloat16(), y, (name, classes, labels, kind))
+                is_finite(module, x.half(), y, (name, classes, labels, kind))
+
+
+def pair_eer(module, x, y):
+    """EER of all pairs of the batch, by the score that the loss learned or by the cosine."""
+    i, j = torch.triu_indices(len(y), len(y), 1)
+    with torch.no_grad():
+        z = module.eval().project(x)
+        s = module.score(z[i], z[j]) if module.score else losses.cosines(z)[i, j]
+    same = y[i] == y[j]
+    return eer.eer(same.numpy(), s.numpy())[0]
 
 
 def test_losses_bring_four_people_to_eer_0():
     y = torch.arange(4).repeat(4)
-    i, j = torch.triu_indices(16, 16, 1)
     for name in losses.LOSSES:
-        module, rates = loss_of(with_partner(name) + ":k=1" * (name == "subcenter"), 16, 4, False), []
-        x = (0.1 * (torch.randn(4, 16)[y] + 1.1 * torch.randn(16, 16))).requires_grad_()
+        module = loss_of("subcenter:k=1" if name == "subcenter" else with_partner(name), 16, 4, False)
+        x = 0.1 * torch.randn(4, 16)[y] + 0.11 * torch.randn(16, 16)
+        x.requires_grad_()
         optimizer = torch.optim.Adam([x, *module.parameters()], 0.03)
-        for step in range(61):
-            if step in (0, 60):
-                with torch.no_grad():
-                    z = module.eval().project(x)
-                    s = module.score(z[i], z[j]) if module.score else losses.cosines(z)[i, j]
-                    rates.append(eer.eer((y[i] == y[j]).numpy(), s.numpy())[0])
-            module.train().zero_grad()
-            x.grad, order = None, torch.randperm(16)
-            module(x[order], y[order]).backward()
+        before = pair_eer(module, x, y)
+        for _ in range(60):
+            optimizer.zero_grad()
+            order = torch.randperm(16)
+            module.train()(x[order], y[order]).backward()
             optimizer.step()
-        assert rates[0] > 0.02 and rates[1] == 0, (name, rates)
-        assert module.weight is None or (module.logits(x).argmax(1) == y).all(), name
+        assert before > 0.02 and pair_eer(module, x, y) == 0, (name, before)
+        if module.weight is not None:
+            assert module.logits(x).argmax(1).equal(y), name
 
 
-def test_losses_answer_mistakes_and_expand_names():
-    for spec, words in (
-            ("arcfase", "did you mean 'arcface'"), ("arcface:mm=1", "did you mean 'm'"), ("arcface:s", "argument"),
-            ("arcface:s=x", "expected float"), ("arcface:s=0", "positive"), ("arcface:m=-1", "0 or more"),
-            ("arcface:s=nan", "finite"), ("triplet:mining=al", "all or hard or semihard"),
-            ("ce++center", "cannot read"), ("modified:s=1", "takes no arguments"),
-            ("center+regular", "ce+regular"), ("2*deepid2", "stands for"),
-            ("facenet:m=1", "stands for"), ("1e+*ce", "numbers"), ("-1*ce", "weight"), ("1e999*ce", "weight"),
-            ("arcface:sample=2", "0..1"), ("arcface:sample=0", "0..1"), ("normface:learn=maybe", "expected bool"),
-            ("subcenter:k=1.5", "expected int"), ("tse+groupface", "embedding"), ("", "cannot read"),
-            ("sphereface2:alpha=1", "numbers"), ("magface:low=9,high=9", "numbers"), ("ce:smooth=3", "0..1"),
-            ("multisim:alpha=0", "numbers"), ("0.5*npair+regular", "ce+regular"), ("arcface:s=3,s=4", "twice")):
+# ---- losses.py: expressions, sampled classes, memory --------------------------------------------------------------
+
+MISTAKES = {
+    "arcfase": "did you mean 'arcface'",
+    "arcface:mm=1": "did you mean 'm'",
+    "arcface:s": "argument",
+    "arcface:s=x": "expected float",
+    "arcface:s=0": "positive",
+    "arcface:m=-1": "0 or more",
+    "arcface:s=nan": "finite",
+    "triplet:mining=al": "all or hard or semihard",
+    "ce++center": "cannot read",
+    "modified:s=1": "takes no arguments",
+    "center+regular": "ce+regular",
+    "2*deepid2": "stands for",
+    "facenet:m=1": "stands for",
+    "1e+*ce": "numbers",
+    "-1*ce": "weight",
+    "1e999*ce": "weight",
+    "arcface:sample=2": "0..1",
+    "arcface:sample=0": "0..1",
+    "normface:learn=maybe": "expected bool",
+    "subcenter:k=1.5": "expected int",
+    "tse+groupface": "embedding",
+    "": "cannot read",
+    "sphereface2:alpha=1": "numbers",
+    "magface:low=9,high=9": "numbers",
+    "ce:smooth=3": "0..1",
+    "multisim:alpha=0": "numbers",
+    "0.5*npair+regular": "ce+regular",
+    "arcface:s=3,s=4": "twice",
+}
+
+EXPANDED = {
+    "Softmax": "ce",
+    "DeepID2": "ce+0.05*contrastive",
+    " ce + 1e-3 * center ": "ce+1e-3*center",
+    "facenet": "triplet:mining=semihard,m=0.2",
+    "softmax:smooth=0.1": "ce:smooth=0.1",
+    "1e+0*ce+regular": "1e+0*ce+regular",
+    "normface:learn=FALSE": "normface:learn=False",
+    "arcface:m=0": "arcface:s=9.1,m=0.0",
+    "cosface": "cosface:s=9.1,m=0.35",
+}
+
+
+def test_losses_answer_mistakes_in_one_line():
+    for spec, words in MISTAKES.items():
         raises(words, losses.make, spec, 8, 6)
-    for spec, expanded in (
-            ("Softmax", "ce"), ("DeepID2", "ce+0.05*contrastive"), (" ce + 1e-3 * center ", "ce+1e-3*center"),
-            ("facenet", "triplet:mining=semihard,m=0.2"), ("softmax:smooth=0.1", "ce:smooth=0.1"),
-            ("1e+0*ce+regular", "1e+0*ce+regular"), ("normface:learn=FALSE", "normface:learn=False"),
-            ("arcface:m=0", "arcface:s=9.1,m=0.0"), ("cosface", "cosface:s=9.1,m=0.35")):
+
+
+def test_losses_expand_names_and_open_arguments():
+    for spec, expanded in EXPANDED.items():
         assert losses.make(spec, 8, 6).spec == losses.make(expanded, 8, 6).spec == expanded
     assert losses.make("cosface", 8, 3318, images=6820).spec == "cosface:s=20.1,m=0.15"     # few images a person
-    assert [n for n in losses.LOSSES if losses.make(with_partner(n), 8, 6).balanced] == (
-        "contrastive double_margin marginal triplet hinge tse tpe npair supcon circle multisim siamese range").split()
-    assert all(f"  {n}" in losses.table() for n in (*losses.LOSSES, *losses.ALIASES))
-    assert all(losses.make(a, 8, 6).spec for a in losses.ALIASES)
+    assert all(losses.make(alias, 8, 6).spec for alias in losses.ALIASES)
+    for name in (*losses.LOSSES, *losses.ALIASES):
+        assert f"  {name}" in losses.table()
+    assert losses.ArcFace(8, 6, s=64, m=0.5).weight.shape == (6, 8)
+
+
+def test_losses_sums_weigh_their_terms_and_say_what_they_have():
     x, y = people()
-    close(loss_of("2*ce+0.5*supcon")(x, y), 2 * loss_of("ce")(x, y) + 0.5 * loss_of("supcon")(x, y))
-    assert loss_of("triplet").weight is None and loss_of("arcface+0.1*tse:k=4").project(x).shape == (12, 4)
+    ce, supcon = loss_of("ce")(x, y), loss_of("supcon")(x, y)
+    close(loss_of("2*ce+0.5*supcon")(x, y), 2 * ce + 0.5 * supcon)
+    triplet, tse = loss_of("triplet"), loss_of("arcface+0.1*tse:k=4")
+    assert triplet.weight is None and not triplet.has_projection
+    assert tse.project(x).shape == (12, 4) and tse.has_projection
+    assert tse.rows_per_class == {}                                             # nothing is divided
+    balanced = [name for name in losses.LOSSES if losses.make(with_partner(name), 8, 6).balanced]
+    assert balanced == ("contrastive double_margin marginal triplet hinge tse tpe npair supcon circle multisim "
+                        "siamese range").split()
 
 
 def test_losses_sampled_classes_hold_the_batch():
     x, y = people(4, 3)[0], torch.tensor([39, 0, 7, 7, 8, 20, 39, 1, 2, 3, 4, 5])
-    for name, (share, n) in itertools.product(SAMPLED, (("0.5", 20), ("0.01", 12), ("1", 40))):
+    columns = {"0.5": 20, "0.01": 12, "1": 40}
+    for name, (share, n) in itertools.product(SAMPLED, columns.items()):
         module = loss_of(f"{name}:sample={share}", classes=40)                  # never fewer columns than images
         with logits_seen() as seen:
             module(x, y).backward()
             module.eval()(x, y)                                                 # evaluation sees every class
-        rows = module.weight.grad.view(-1, 40, 8).abs().sum((0, 2)) > 0
-        (some, _), (every, labels) = seen[0], seen[len(seen) // 2]
-        assert some.shape[1] == n and rows.sum() <= n and rows[y].all(), (name, share)
-        assert every.shape == module.logits(x).shape == (12, 40) and (labels == y).all(), name
+        touched = module.weight.grad.view(-1, 40, 8).abs().sum((0, 2)) > 0
+        some, (every, labels) = seen[0][0], seen[len(seen) // 2]
+        assert some.shape[1] == n, (name, share)
+        assert touched.sum() <= n and touched[y].all(), (name, share)
+        assert every.shape == module.logits(x).shape == (12, 40), name
+        assert labels.equal(y), name
     assert len(SAMPLED) >= 14
 
 
@@ -1698,13 +2755,15 @@ class Arrays(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
+        for t in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(t, torch.Tensor):
                 self.largest = max(self.largest, t.numel())
                 if t.shape == self.shape and t.element_size() >= 4:
                     storage = t.untyped_storage()
                     self.alive[storage._cdata] = StorageWeakRef(storage)
-        self.alive = {k: r for k, r in self.alive.items() if not r.expired()}
+        for key, storage in list(self.alive.items()):
+            if storage.expired():
+                del self.alive[key]
         self.most = max(self.most, len(self.alive))
         return out
 
@@ -1712,99 +2771,119 @@ class Arrays(TorchDispatchMode):
 def test_losses_hold_few_arrays():
     y = torch.arange(16) % 8
     for name in losses.LOSSES:
-        module, x = loss_of(with_partner(name), 32, 3000, False), torch.randn(16, 32, requires_grad=True)
+        module = loss_of(with_partner(name), 32, 3000, False)
+        x = torch.randn(16, 32, requires_grad=True)
         with Arrays((16, 3000)) as seen:
             module(x, y).backward()
-        assert seen.largest <= 3000 * 32 * (3 if name == "subcenter" else 1), (name, seen.largest)      # never C x C
+        k = 3 if name == "subcenter" else 1
+        assert seen.largest <= 3000 * 32 * k, (name, seen.largest)              # never C x C
         assert seen.most <= 4, (name, seen.most)
 
 
 # ---- Minutes, not seconds: run by name only --------------------------------------------------------------------
 
+def four_people(folder):
+    """Synthetic faces of four people, four each; the validation pairs are all pairs of them."""
+    data.synthesise(folder / "made", people=8, images=4, size=32)
+    train_folder = folder / "set/cls_data/train"
+    shutil.copytree(folder / "made/cls_data/train", train_folder)
+    shutil.copytree(train_folder / "images", folder / "set/ver_data")
+    kept = []
+    for _, line in data.read_lines(train_folder / "labels.txt"):
+        if int(line.split()[1]) < 4:
+            kept.append(line)
+    (train_folder / "labels.txt").write_text("\n".join(kept))
+    with (folder / "set/val_pairs.txt").open("w") as file:
+        for one, other in itertools.combinations(kept, 2):
+            a, person = one.split()
+            b, other_person = other.split()
+            print(a, b, int(person == other_person), file=file)
+    return folder / "set"
+
+
+MEMORISED_WITH = {"subcenter": ":k=1", "triplet": ":mining=all"}
+MEMORISED_AT = {"l2softmax": 1e-2, "tse": 1e-2, "tpe": 1e-2, "npair": 1e-3}     # learning rates; the others' is 3e-3
+
+
 def slow_losses_memorise_people_through_train(tmp):
     """Each loss, alone or with its partner, through train.py: EER 0 on four memorised people, and a resumed run
     ends as the whole one."""
-    data.synthesise(tmp / "made", people=8, images=4, size=32)
-    shutil.copytree(tmp / "made/cls_data/train", tmp / "set/cls_data/train")
-    shutil.copytree(tmp / "made/cls_data/train/images", tmp / "set/ver_data")
-    labels = tmp / "set/cls_data/train/labels.txt"
-    rows = [row for _, line in data.lines(labels) if int((row := line.split())[1]) < 4]
-    labels.write_text("".join(f"{n} {y}\n" for n, y in rows))
-    (tmp / "set/val_pairs.txt").write_text("".join(f"{a} {b} {int(y == z)}\n" for (a, y), (b, z)
-                                                   in itertools.combinations(rows, 2)))
-    plain = [part for name in data.AUGMENT for part in (f"--{name}", 0)]
+    flags = ["--data", four_people(tmp), "--epochs", 50, "--dim", 64, "--batch-size", 8, "--per-person", 2]
+    for name in data.AUGMENT:
+        flags += [f"--{name}", 0]
     missed = []
     for name in losses.LOSSES:
-        spec = ("ce+0.01*" if name in SHAPES or name == "regular" else "") + name
-        spec += ":k=1" if name == "subcenter" else ":mining=all" if name == "triplet" else ""
-        lr = dict(l2softmax=1e-2, tse=1e-2, tpe=1e-2, npair=1e-3).get(name, 3e-3)
-        start = ("--data", tmp / "set", *TINY, "--dim", 64, "--batch-size", 8, "--per-person", 2, "--epochs", 50,
-                 "--lr", lr, "--loss", spec, *plain)
+        spec = with_partner(name).replace("+", "+0.01*") + MEMORISED_WITH.get(name, "")
+        start = [*flags, "--lr", MEMORISED_AT.get(name, 3e-3), "--loss", spec]
         whole, parts = tmp / name / "whole", tmp / name / "parts"
-
-        def go(out, stop, *flags):
-            run(train, *flags, "--out", out, "--steps", stop, cwd=tmp)
-
-        with mock.patch.object(os, "fsync", lambda f: None), mock.patch.object(data, "plot", lambda *a: None):
-            go(whole, 20, *start)
-            go(parts, 7, *start)
-            go(parts, 20, "--resume")
-            same(*(verify.load(out / "last.pt") for out in (whole, parts)), name)
-            go(whole, 100, "--resume")
+        with mock.patch.object(os, "fsync"), mock.patch.object(data, "plot"):
+            tiny(tmp, *start, "--steps", 20, "--out", whole)
+            tiny(tmp, *start, "--steps", 7, "--out", parts)
+            run(train, "--resume", "--steps", 20, "--out", parts, cwd=tmp)
+            same(verify.load(whole / "last.pt"), verify.load(parts / "last.pt"), name)
+            run(train, "--resume", "--steps", 100, "--out", whole, cwd=tmp)
         best = verify.load(whole / "last.pt")["best"]
         print(f"    {spec}: EER {best:.3f}", flush=True)
-        missed += [spec] * (best > 0)
+        if best > 0:
+            missed.append(spec)
         shutil.rmtree(tmp / name)
     assert not missed, missed
 
 
+def start_python(tmp, command):
+    """A Python process of one thread in the folder tmp; its stderr goes to tmp/errors."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp / "errors").open("w") as errors:
+        return subprocess.Popen([sys.executable, *map(str, command)], cwd=tmp, env=environment,
+                                stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def seconds_of_train(tmp, out, flags, limit=None):
+    """The seconds that train.py took, or None where it was killed (-9) at the limit."""
+    started, child = time.monotonic(), start_python(tmp, [HERE / "train.py", "--out", out, *flags])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(limit)
+    child.kill()
+    assert child.wait() in (0, -9), (tmp / "errors").read_text()
+    if child.returncode == 0:
+        return time.monotonic() - started
+
+
+def check_same_runs(whole, parts, what):
+    for file in ("last.pt", "best.pt"):
+        same(verify.load(whole / file), verify.load(parts / file), f"{what}: {file}")
+    rows = read_csv(whole / "log.csv")
+    same(rows, read_csv(parts / "log.csv"), what)
+    assert len(rows) == 20 and not list(parts.glob("*.tmp")), what
+
+
 def slow_kills(tmp):
     """Runs killed (-9) at twenty random times, start and saving included, and resumed end as the uninterrupted one."""
-    def go(seconds, *argv):
-        """The time that train.py took, or None where it was killed before its end."""
-        since = time.monotonic()
-        with (tmp / "text.txt").open("w") as text:
-            child = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, argv)], cwd=tmp, stdout=text,
-                                     stderr=text, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(seconds)
-            child.kill()
-        assert child.wait() in (0, -9), (tmp / "text.txt").read_text()[-2000:]
-        return time.monotonic() - since if child.returncode == 0 else None
-
     rng = np.random.default_rng(0)
     for i, (name, flags) in enumerate(RUNS.items()):
         whole, parts = tmp / f"whole{i}", tmp / f"parts{i}"
-        start = "--data", faces(), *TINY, "--epochs", 20, "--save-every", 0, *flags, "--out"
-        resume, kills, writing = ("--resume", "--out"), 0, 0
-        all_of_it, beginning = go(None, *start, whole), go(None, *resume, whole)
-        longest, runs = beginning + (all_of_it - beginning) / 12, 1
-
-        def check():
-            for file in ("last.pt", "best.pt"):
-                same(verify.load(whole / file), verify.load(parts / file), f"{name}: {file} after {kills} kills")
-            one, two = (list(csv.DictReader((out / "log.csv").open())) for out in (whole, parts))
-            same(one, two, name)
-            assert len(one) == 20 and not list(parts.glob("*.tmp")), name
-
+        start, resume = ["--data", faces(), *TINY, "--epochs", 20, "--save-every", 0, *flags], ["--resume"]
+        whole_run = seconds_of_train(tmp, whole, start)
+        beginning = seconds_of_train(tmp, whole, resume)    # for nothing is left to do
+        longest = beginning + (whole_run - beginning) / 12
+        runs, kills, writing = 1, 0, 0
         while kills < 20 or not (parts / "last.pt").exists():
-            if go(rng.uniform(0, longest), *(resume if (parts / "last.pt").exists() else start), parts):
-                check()                                     # quicker than when it was timed: anew, with shorter lives
+            begin = resume if (parts / "last.pt").exists() else start
+            if seconds_of_train(tmp, parts, begin, rng.uniform(0, longest)) is None:
+                kills += 1
+                writing += any(parts.glob("*.tmp"))
+            else:                                           # quicker than when it was timed: anew, with shorter lives
+                check_same_runs(whole, parts, f"{name} after {kills} kills")
                 shutil.rmtree(parts)
-                kills, writing, longest, runs = 0, 0, 0.9 * longest, runs + 1
-            else:
-                kills, writing = kills + 1, writing + any(parts.glob("*.tmp"))
-        at = verify.load(parts / "last.pt")["step"]
-        go(None, *resume, parts)
-        check()
-        print(f"    {name}: {kills} kills, {writing} of them within a write, the last by step {at} of 60, in run {runs}",
-              flush=True)
+                runs, kills, writing, longest = runs + 1, 0, 0, 0.9 * longest
+        step = verify.load(parts / "last.pt")["step"]
+        seconds_of_train(tmp, parts, resume)
+        check_same_runs(whole, parts, f"{name} after {kills} kills")
+        print(f"    {name}: {kills} kills, {writing} of them within a write, the last by step {step} of 60, in run"
+              f" {runs}", flush=True)
 
 
-def slow_distributed_torchrun(tmp):
-    """torchrun itself: process 1 is killed in step 6, torchrun starts all again and they go on from the last save; then
-    process 1 fails in step 10, and all end within seconds with its message."""
-    (tmp / "crash.py").write_text(f"""import os, sys
+CRASHING_TRAIN = f"""import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import data, train
 real, calls = data.augment, []
@@ -1817,247 +2896,350 @@ def augment(*args):
     return real(*args)
 data.augment = augment
 data.cli(train.main)
-""")
-    since, torchrun = time.monotonic(), (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2,
-                                         "--max-restarts", 1, "--master_port", free_port(), "crash.py")
-    flags = "--data", faces(), *TINY, "--batch-size", 15, "--out", "o", "--loss", "cosface", "--shard"
-    p = subprocess.run([*map(str, torchrun + flags)], cwd=tmp, capture_output=True, text=True, timeout=300)
-    print(f"    {time.monotonic() - since:.0f} s, exit code {p.returncode}")
-    for text in ("error: the fan is broken", "process 0 ends, for another did"):
-        assert p.returncode and text in p.stderr, p.stderr
-    assert verify.load(tmp / "o/last.pt")["step"] == 8, p.stdout
+"""
 
 
-def slow_distributed_classes(tmp):
-    """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the
-    resident memory, bytes sent (an all-reduce of n bytes sends 2 (N - 1) / N n each), median seconds of five."""
-    from resource import RUSAGE_SELF, getrusage
-    seen = {}
-    for classes, (n, shard) in itertools.product((10_000, 100_000, 1_000_000), ((1, False), (2, False), (2, True))):
-        if (classes, n, shard) == (1_000_000, 2, False):
-            continue                                        # two whole copies of a million are 20 GB
-
-        def task(rank):
-            before, sent, spent = getrusage(RUSAGE_SELF).ru_maxrss, [], []
-            if n > 1:
-                torch.distributed.init_process_group("gloo")
-            real = torch.distributed.all_reduce
-
-            def all_reduce(t, *args):
-                sent.append(t.numel() * t.element_size() * 2 * (n - 1) // n)
-                return real(t, *args)
-            torch.manual_seed(0)
-            head = losses.make("arcface", 512, classes, (rank, n) if shard else (0, 1))
-            opt = torch.optim.AdamW(head.parameters(), fused=True)
-            x, y, b = torch.randn(128, 512), torch.randint(0, classes, (128,)), 128 // n
-            with mock.patch.object(torch.distributed, "all_reduce", all_reduce):
-                for _ in range(6):
-                    since = time.perf_counter()
-                    z = x[rank * b:rank * b + b].clone().requires_grad_()
-                    loss = head(train.together(z, rank * b, 128) if n > 1 else z, y)
-                    opt.zero_grad()
-                    loss.backward()
-                    opt.step()
-                    spent.append(time.perf_counter() - since)
-            memory = getrusage(RUSAGE_SELF).ru_maxrss - before
-            return memory / 2 ** 10, sum(sent) / 6e3, np.median(spent[1:]) * 1e3, loss.item()
-
-        memory, sent, ms, loss = processes(n, task, tmp)[0]
-        close(loss, seen.setdefault(classes, loss), 1e-4, "the loss after six steps")
-        print(f"    {classes:>9} classes, {n} processes{', --shard' * shard:<9}: {memory:7.0f} MiB, {sent:6.0f} kB,"
-              f" {ms:6.0f} ms, loss {loss:.4f}", flush=True)
+def slow_distributed_torchrun(tmp):
+    """torchrun itself: process 1 is killed in step 6, torchrun starts all again and they go on from the last save; then
+    process 1 fails in step 10, and all end within seconds with its message."""
+    (tmp / "crash.py").write_text(CRASHING_TRAIN)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", 1, "--master_port", free_port()]
+    command += ["crash.py", "--data", faces(), *TINY, "--batch-size", 15, "--out", "o", "--loss", "cosface", "--shard"]
+    started, child = time.monotonic(), start_python(tmp, command)
+    exit_code = child.wait(300)
+    print(f"    {time.monotonic() - started:.0f} s, exit code {exit_code}")
+    errors = (tmp / "errors").read_text()
+    assert exit_code and "error: the fan is broken" in errors and "process 0 ends, for another did" in errors, errors
+    assert verify.load(tmp / "o/last.pt")["step"] == 8, errors
 
 
-def seconds(call):
-    since = time.perf_counter()
-    call()
-    return time.perf_counter() - since
+# ---- Benchmarks: run by name only --------------------------------------------------------------------------------
+
+def seconds(call, *args):
+    started = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - started
 
 
-def slow_losses_cost():
-    """Heads at 8,631 classes, batch 256, dimension 512: time of forward and backward over that of a linear layer with
-    cross-entropy, medians of seven runs in turn, and how it grows with the number of classes."""
-    def spent(module, x, y):
-        module.zero_grad()
-        return seconds(lambda: module(x.detach().requires_grad_(), y).backward())
-
-    class Plain(nn.Linear):
-        def forward(self, x, y):
-            return F.cross_entropy(super().forward(x), y)
-
-    x, y, plain, over = torch.randn(256, 512), torch.randint(0, 8631, (256,)), Plain(512, 8631), {}
-    for name in ("ce", *CLASS_HEADS):
-        head = losses.make(name, 512, 8631)
-        ours, linear = np.array([(spent(head, x, y), spent(plain, x, y)) for _ in range(9)][2:]).T
-        over[name] = np.median(ours / linear)
-        print(f"    {name:<13} {1e3 * np.median(ours):6.0f} ms  {over[name]:.2f} x linear + ce")
-    for classes, sample in itertools.product((10_000, 100_000, 1_000_000), (1, 0.1)):
-        head, y = losses.make(f"cosface:sample={sample}", 512, classes), torch.randint(0, classes, (128,))
-        ms = 1e3 * min([spent(head, x[:128], y) for _ in range(3)][1:])
-        print(f"    cosface, {classes} classes, sample={sample}: {ms:.0f} ms")
-        del head
-    beyond = {n: round(float(r), 2) for n, r in over.items() if r > 1.5 and n not in ("subcenter", "groupface")}
-    assert not beyond, beyond
-
-
-def training_step(net, opt, loss_of, x, bf16):
+def training_step(net, opt, loss_of, x, bf16=False):
+    """The loss, after a step of the plain loop."""
     with torch.autocast(x.device.type, torch.bfloat16, bf16):
         z = net(x)
     loss = loss_of(z)
     opt.zero_grad()
     loss.backward()
     opt.step()
+    return loss
+
+
+def peak_memory():
+    """The largest resident memory of this process so far, MiB."""
+    import resource                                         # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+
+
+def cost_of_head(rank, n, shard, classes):
+    """(MiB, kB, ms, loss) in process rank of n; see slow_distributed_classes."""
+    before, sent, spent = peak_memory(), [], []
+    if n > 1:
+        torch.distributed.init_process_group("gloo")
+    real, first, end = torch.distributed.all_reduce, 128 // n * rank, 128 // n * (rank + 1)
+
+    def all_reduce(t, *args):                               # of n bytes sends 2 (N - 1) / N n of each process
+        sent.append(t.numel() * t.element_size() * 2 * (n - 1) // n)
+        return real(t, *args)
+
+    def embeddings(x):
+        return train.gather_embeddings(x[first:end].clone().requires_grad_(), first, 128)
+
+    torch.manual_seed(0)
+    head = losses.make("arcface", 512, classes, shard)
+    opt = torch.optim.AdamW(head.parameters(), fused=True)
+    x, y = torch.randn(128, 512), torch.randint(0, classes, (128,))
+    with mock.patch.object(torch.distributed, "all_reduce", all_reduce):
+        for _ in range(6):
+            started = time.perf_counter()
+            loss = training_step(embeddings, opt, lambda z: head(z, y), x)
+            spent.append(time.perf_counter() - started)
+    return peak_memory() - before, sum(sent) / 6e3, 1e3 * np.median(spent[1:]), loss.item()
+
+
+def slow_distributed_classes(tmp):
+    """A step of the arcface head with AdamW, batch 128, dimension 512, in one process and in two: growth of the
+    resident memory, bytes sent, median of five steps' time."""
+    for classes in (10_000, 100_000, 1_000_000):
+        loss_of_one = None
+        for n, sharded in ((1, False), (2, False), (2, True)):
+            if classes == 1_000_000 and n == 2 and not sharded:
+                continue                                    # two whole copies of a million are 20 GB
+
+            def task(rank):
+                return cost_of_head(rank, n, (rank, n) if sharded else (0, 1), classes)
+
+            memory, sent, ms, loss = processes(n, task, tmp)[0]
+            loss_of_one = loss_of_one or loss
+            close(loss, loss_of_one, 1e-4, "the loss after six steps")
+            print(f"    {classes:>9} classes, {n} processes, sharded {sharded:1}: {memory:7.0f} MiB, {sent:6.0f} kB,"
+                  f" {ms:6.0f} ms, loss {loss:.4f}", flush=True)
+
+
+class LinearSoftmax(nn.Linear):
+    """What the heads are compared with."""
+
+    def forward(self, x, y):
+        return F.cross_entropy(super().forward(x), y)
+
+
+def seconds_of_head(head, x, y):
+    """Of forward and backward."""
+    head.zero_grad()
+    return seconds(lambda: head(x.detach().requires_grad_(), y).backward())
+
+
+def slow_losses_cost():
+    """Heads at 8,631 classes, batch 256, dimension 512: time of forward and backward over that of a linear layer with
+    cross-entropy, medians of seven runs in turn, and how it grows with the number of classes."""
+    x, y, linear, beyond = torch.randn(256, 512), torch.randint(0, 8631, (256,)), LinearSoftmax(512, 8631), {}
+    for name in ("ce", *CLASS_HEADS):
+        head = losses.make(name, 512, 8631)
+        times = np.array([(seconds_of_head(head, x, y), seconds_of_head(linear, x, y)) for _ in range(9)])[2:]
+        ratio = np.median(times[:, 0] / times[:, 1])
+        print(f"    {name:<13} {1e3 * np.median(times[:, 0]):6.0f} ms  {ratio:.2f} x linear + ce")
+        if ratio > 1.5 and name not in ("subcenter", "groupface"):
+            beyond[name] = round(float(ratio), 2)
+    for classes, sample in itertools.product((10_000, 100_000, 1_000_000), (1, 0.1)):
+        head, y = losses.make(f"cosface:sample={sample}", 512, classes), torch.randint(0, classes, (128,))
+        seconds_of_head(head, x[:128], y)                   # to warm up
+        ms = 1e3 * min(seconds_of_head(head, x[:128], y), seconds_of_head(head, x[:128], y))
+        print(f"    cosface, {classes} classes, sample={sample}: {ms:.0f} ms")
+        del head                                            # before the next is made
+    assert not beyond, beyond
 
 
 def slow_models_speed():
     """Images/s of each architecture at 112 pixels, batch 32, 8 where that takes long: a training step with AdamW in the
     precision that train.py picks, and embedding in float32 with the batch norms folded away; the better of two after
     one to warm up."""
-    bf16, last = train.precision(torch.device("cpu")) == "bf16", dict(memory_format=torch.channels_last)
+    bf16 = train.precision(torch.device("cpu")) == "bf16"
     for arch in models.ARCHS:
-        net = models.make(arch).to(**last)
-        folded, opt = models.fold(net).to(**last), torch.optim.AdamW(net.parameters(), fused=True)
-        x = torch.randn(32 if models.macs(net) < 2e9 else 8, 3, 112, 112).to(**last)
-        calls = (functools.partial(training_step, net, opt, lambda z: z.float().square().mean(), x, bf16),
-                 torch.no_grad()(functools.partial(folded, x)))
-        rates = [len(x) / min([seconds(call) for _ in range(3)][1:]) for call in calls]
+        net = models.make(arch).to(**CHANNELS_LAST)
+        opt = torch.optim.AdamW(net.parameters(), fused=True)
+        x = torch.randn(32 if models.macs(net) < 2e9 else 8, 3, 112, 112).to(**CHANNELS_LAST)
+        embed = torch.no_grad()(models.fold(net).to(**CHANNELS_LAST).forward)
+
+        step = functools.partial(training_step, net, opt, lambda z: z.float().square().mean(), bf16=bf16)
+        rates = []
+        for call in (step, embed):
+            call(x)                                         # to warm up
+            best = min(seconds(call, x), seconds(call, x))
+            rates.append(len(x) / best)
         print(f"{arch} {rates[0]:.0f} {rates[1]:.0f}", flush=True)
+
+
+def race(arch, face_set, budget):
+    """Train for so many seconds, the learning rate following the clock: (steps, validation EER)."""
+    cpu, cache = torch.device("cpu"), data.cache_folder(face_set.root)
+    files, labels = face_set.train
+    size = 48 if arch == "swiftface" else 64
+    images, rows = data.pack(files, size, cache, "train")
+    pairs, _ = data.pack(face_set.val_pairs.files, size, cache, "val_pairs", max_unreadable=0)
+    torch.manual_seed(0)
+    net = models.make(arch, 512, size).to(**CHANNELS_LAST)
+    head = losses.make("cosface:s=20,m=0.15", 512, len(face_set.names))
+    opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], weight_decay=0.05, fused=True)
+    strength = {name: short for name, (short, _, _) in data.AUGMENT.items()}
+    epochs = (data.epoch_batches(labels, rows, 64, 0, epoch) for epoch in itertools.count())
+    bf16, started, step = train.precision(cpu) == "bf16", time.monotonic(), 0
+    for index, x in data.batches(images, itertools.chain.from_iterable(epochs), cpu):
+        done = (time.monotonic() - started) / budget
+        if done >= 1:
+            break
+        opt.param_groups[0]["lr"] = 2e-3 * train.lr_factor(round(1e6 * done), 10 ** 6, 0.1)
+        y = torch.from_numpy(labels)[index]
+        training_step(net, opt, lambda z: head(z, y), data.augment(x, strength), bf16)
+        step += 1
+    sets = {"val_pairs": data.PairSet(pairs, face_set.val_pairs)}
+    found = verify.evaluate(net.eval(), head, sets, len(face_set.names), mirror="none")
+    return step, found.metrics["eer"]
 
 
 def slow_models_race():
     """Every architecture for the same training seconds (SECONDS, 60) on the faces of the folder FACES, or data/, the
     schedule following the clock; then the validation EER. swiftface sees 48 pixels, the others 64. Or ARCHS only."""
-    budget, faces = float(os.environ.get("SECONDS", 60)), data.load(os.environ.get("FACES", "data"))
-    cpu, cache, (files, labels) = torch.device("cpu"), data.cache_folder(faces.root), faces.train
-    strength = {name: short for name, (short, _, _) in data.AUGMENT.items()}
+    face_set = data.load(os.environ.get("FACES", "data"))
     for arch in os.environ.get("ARCHS", " ".join(models.ARCHS)).split():
-        size = 48 if arch == "swiftface" else 64
-        images, rows = data.pack(files, size, cache, "train")
-        pairs = verify.pack_pairs(faces.val_pairs, {"size": size}, cache, "val_pairs")
-        torch.manual_seed(0)
-        net = models.make(arch, 512, size).to(memory_format=torch.channels_last)
-        head = losses.make("cosface:s=20,m=0.15", 512, len(faces.names))
-        opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], weight_decay=0.05, fused=True)
-        order = itertools.chain.from_iterable(train.order(labels, rows, 64, 0, epoch) for epoch in itertools.count())
-        began, step, share = time.monotonic(), 0, 0.0
-        for index, x in data.batches(images, itertools.takewhile(lambda _: share < 1, order), cpu):
-            opt.param_groups[0]["lr"] = 2e-3 * train.rate(round(1e6 * share), 10 ** 6, 0.1)
-            y = torch.from_numpy(labels)[index]
-            training_step(net, opt, lambda z: head(z, y), data.augment(x, strength), train.precision(cpu) == "bf16")
-            step, share = step + 1, min(1, (time.monotonic() - began) / budget)
-        found = verify.evaluate(net.eval(), head, {"val_pairs": pairs}, len(faces.names), mirror="none")
-        print(f"    {arch:<15} {step:5} steps, EER {100 * found['eer']:.1f} %", flush=True)
+        steps, eer_found = race(arch, face_set, float(os.environ.get("SECONDS", 60)))
+        print(f"    {arch:<15} {steps:5} steps, EER {100 * eer_found:.1f} %", flush=True)
+
+
+# slow_bench. A stage is a generator that yields the number of images of each of its batches.
+
+def images_per_second(stage, device):
+    next(stage)                                             # to warm up
+    started, done = time.perf_counter(), sum(stage)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return done / (time.perf_counter() - started)
+
+
+def contest(what, ours, peer, device):
+    """Print our images/s and the peer's, medians of three rounds in turn; ours() and peer() begin a stage."""
+    rates = np.empty((3, 2))
+    for round in range(3):
+        rates[round] = images_per_second(ours(), device), images_per_second(peer(), device)
+    our_rate, peer_rate = np.median(rates, 0)
+    ratio = np.median(rates[:, 0] / rates[:, 1])
+    print(f"    {what:<30} {our_rate:8.0f} images/s, peer {peer_rate:6.0f}, {ratio:6.2f} x", flush=True)
+
+
+def repeated(n, call, x):
+    for _ in range(n):
+        call(x)
+        yield len(x)
+
+
+def our_batches(packed, device, change):
+    order = [np.random.default_rng(i).choice(len(packed), 128) for i in range(30)]
+    for _, x in data.batches(packed, order, device):
+        change(x)
+        yield 128
+
+
+def peers_batches(folder, side, device, steps):
+    """torchvision's ImageFolder and transforms, and two workers."""
+    steps = torchvision.transforms.Compose([torchvision.transforms.Resize(side), *steps])
+    images = torchvision.datasets.ImageFolder(folder, steps)
+    loader = torch.utils.data.DataLoader(images, 128, True, num_workers=2, pin_memory=device.type == "cuda")
+    for x, _ in loader:
+        x.to(device, non_blocking=True)
+        yield len(x)
+
+
+def bench_data(folder, device):
+    """From files to batches on the device; --compile needs a C++ compiler."""
+    data.synthesise(folder / "set", people=100, images=22, size=112)
+    files, labels = data.read_split(folder / "set/cls_data/train")
+    for f, y in zip(files, labels):
+        person = folder / f"people/{y}"
+        person.mkdir(parents=True, exist_ok=True)
+        os.link(f, person / Path(f).name)
+    T = torchvision.transforms
+    plain = [T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)]
+    augmented = [T.RandomHorizontalFlip(), T.RandomAffine(10, (0.05, 0.05), (0.9, 1.1)), T.ColorJitter(0.2, 0.2, 0.2)]
+    augmented += plain + [T.RandomErasing(0.2)]
+    augment = functools.partial(data.augment, strength={
+        "mirror": 0.5, "rotate": 10, "shift": 0.05, "zoom": 0.1,
+        "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "erase": 0.2})
+    compiled = functools.partial(augment, kernel=torch.compile(data.augment_kernel, dynamic=False))
+    for side in (64, 112):
+        packed, _ = data.pack(files, side, folder)
+        for what, change, steps in (("gathered", len, plain), ("augmented", augment, augmented),
+                                    ("the same, --compile", compiled, augmented)):
+            ours = functools.partial(our_batches, packed, device, change)
+            peer = functools.partial(peers_batches, folder / "people", side, device, steps)
+            contest(f"{what}, {side} pixels", ours, peer, device)
+
+
+def trainer(net, head, x, fused):
+    """A function that trains net and head one step on the images x."""
+    opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], fused=fused)
+    y, bf16 = torch.randint(0, 8631, (len(x),), device=x.device), train.precision(x.device) == "bf16"
+    return functools.partial(training_step, net, opt, lambda z: head(z.float(), y), bf16=bf16)
+
+
+def bench_networks(device):
+    """Training and embedding at 112 pixels against torchvision's ResNet-18 with the same neck in a plain loop."""
+    batch, more = (128, 10) if device.type == "cuda" else (64, 1)
+    x = torch.randn(batch, 3, 112, 112, device=device)
+    fast = x.to(**CHANNELS_LAST)
+    net, head = models.make("resnet18").to(device, **CHANNELS_LAST), losses.make("ce", 512, 8631).to(device)
+    peer, linear = torchvision.models.resnet18(), LinearSoftmax(512, 8631).to(device)
+    peer.avgpool, peer.fc = nn.AdaptiveAvgPool2d(4), nn.Sequential(nn.Linear(8192, 512, False), nn.BatchNorm1d(512))
+    peer.to(device)
+    folded, frozen = models.fold(net).to(**CHANNELS_LAST), copy.deepcopy(peer).eval()
+    step, peers_step = trainer(net, head, fast, True), trainer(peer, linear, x, False)
+    part = functools.partial
+    contest("training", part(repeated, 5 * more, step, fast), part(repeated, 5 * more, peers_step, x), device)
+    with torch.no_grad():
+        contest("embedding", part(repeated, 20 * more, folded, fast), part(repeated, 20 * more, frozen, x), device)
 
 
 def slow_bench(tmp):
-    """What a user waits for, ours beside the peer's, on this machine, in turn, medians of three rounds: the data path
-    against ImageFolder, torchvision's transforms and two workers (--compile needs a C++ compiler); training and
-    embedding against torchvision's ResNet-18 with the same neck in a plain loop, at 112 pixels."""
+    """What a user waits for, ours beside the peer's, on this machine, in turn, medians of three rounds: the data path,
+    training and embedding, and our EER of many scores."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, more = (128, 10) if device.type == "cuda" else (64, 1)
-    data.synthesise(tmp / "set", people=100, images=22, size=112)
-    files, labels = data.read_split(tmp / "set/cls_data/train")
-    for f, y in zip(files, labels):
-        (tmp / f"people/{y}").mkdir(parents=True, exist_ok=True)
-        os.link(f, tmp / f"people/{y}" / Path(f).name)
-    packs = {side: data.pack(files, side, tmp)[0] for side in (64, 112)}
-    order = [np.random.default_rng(i).choice(len(files), 128) for i in range(30)]
-    strength = dict(mirror=.5, rotate=10, shift=.05, zoom=.1, brightness=.2, contrast=.2, saturation=.2, erase=.2)
-    T = torchvision.transforms
-    plain = [T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)]
-    every = [T.RandomHorizontalFlip(), T.RandomAffine(10, (0.05, 0.05), (0.9, 1.1)), T.ColorJitter(0.2, 0.2, 0.2),
-             *plain, T.RandomErasing(0.2)]
-
-    def ours(side, change):
-        for _, x in data.batches(packs[side], order, device):
-            change(x)
-            yield 128
-
-    def folder(side, steps):
-        faces = torchvision.datasets.ImageFolder(tmp / "people", T.Compose([T.Resize(side), *steps]))
-        for x, _ in torch.utils.data.DataLoader(faces, 128, True, num_workers=2, pin_memory=device.type == "cuda"):
-            x.to(device, non_blocking=True)
-            yield len(x)
-
-    def repeated(n, call, *args):
-        for _ in range(n * more):
-            call(*args)
-            yield batch
-
-    def rate(stages):                                       # they yield the number of images of each batch
-        next(stages)
-        since, done = time.perf_counter(), sum(stages)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return done / (time.perf_counter() - since)
-
-    net, peer, last = models.make("resnet18"), torchvision.models.resnet18(), dict(memory_format=torch.channels_last)
-    peer.avgpool, peer.fc = nn.AdaptiveAvgPool2d(4), nn.Sequential(nn.Linear(8192, 512, False), nn.BatchNorm1d(512))
-    head, linear = losses.make("ce", 512, 8631).to(device), nn.Linear(512, 8631).to(device)
-    net.to(device, **last), peer.to(device)
-    x, y = torch.randn(batch, 3, 112, 112, device=device), torch.randint(0, 8631, (batch,), device=device)
-    fast, bf16 = x.to(**last), train.precision(device) == "bf16"
-    folded, frozen = models.fold(net).to(**last), copy.deepcopy(peer).eval()
-    adamw = [torch.optim.AdamW([*n.parameters(), *h.parameters()], fused=fused)
-             for n, h, fused in ((net, head, True), (peer, linear, False))]
-    part = functools.partial
-    look = torch.compile(data.pixels, dynamic=False)
-    contests = [(f"{what}, {side} pixels", part(ours, side, change), part(folder, side, steps))
-                for side in packs for what, change, steps in (
-                    ("gathered", lambda x: x, plain), ("augmented", lambda x: data.augment(x, strength), every),
-                    ("the same, --compile", lambda x: data.augment(x, strength, look=look), every))]
-    contests += [
-        ("training", lambda: repeated(5, training_step, net, adamw[0], lambda z: head(z, y), fast, bf16),
-         lambda: repeated(5, training_step, peer, adamw[1], lambda z: F.cross_entropy(linear(z.float()), y), x, bf16)),
-        ("embedding", lambda: repeated(20, torch.no_grad()(folded.forward), fast),
-         lambda: repeated(20, torch.no_grad()(frozen.forward), x))]
-    for what, a, b in contests:
-        pairs = np.array([(rate(a()), rate(b())) for _ in range(3)])
-        print(f"    {what:<30} {np.median(pairs[:, 0]):8.0f} images/s, peer {np.median(pairs[:, 1]):6.0f},"
-              f" {np.median(pairs[:, 0] / pairs[:, 1]):6.2f} x", flush=True)
+    bench_data(tmp, device)
+    bench_networks(device)
     labels, scores = np.random.default_rng(0).random(10_000_000) < 0.5, np.random.default_rng(1).random(10_000_000)
-    print(f"    EER of ten million scores: {seconds(lambda: eer.eer(labels, scores)):.2f} s")
+    print(f"    EER of ten million scores: {seconds(eer.eer, labels, scores):.2f} s")
 
 
 # ---- README and the rest -------------------------------------------------------------------------------------
 
-def test_readme_tables_are_complete_and_only_four_packages_imported():
-    text = (HERE / "README.md").read_text()
-    rows = [f"| `{n}` |" for n in models.ARCHS] + [f"\n| `{a}` | `{e}` |\n" for a, e in losses.ALIASES.items()]
-    for name, formula in losses.FORMULAS.items():
-        arguments = ", ".join(f"{k}={'auto' if v is None else v}" for k, v in losses.defaults_of(formula).items()
-                              if k != "sample") or "-"
-        about = formula.__doc__.splitlines()[0].replace("|", r"\|")
-        rows.append(f"\n| `{name}` | {arguments} | {about} |\n")
-    assert not (wrong := [row for row in rows if row not in text]), f"README.md's tables lack {wrong}"
+def row_of_loss(name, cls):
+    """Its line in the table of losses: name, arguments but for sample, the docstring's first line."""
+    arguments = []
+    for argument, default in losses.arguments_of(cls).items():
+        if argument != "sample":
+            arguments.append(f"{argument}={'auto' if default is None else default}")
+    about = cls.__doc__.splitlines()[0].replace("|", r"\|")
+    return f"\n| `{name}` | {', '.join(arguments) or '-'} | {about} |\n"
+
+
+def test_readme_and_docs_have_a_row_for_each_architecture_loss_and_alias():
+    pages = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    rows = [f"| `{arch}` |" for arch in models.ARCHS]
+    rows += [f"\n| `{alias}` | `{spec}` |\n" for alias, spec in losses.ALIASES.items()]
+    rows += map(row_of_loss, losses.LOSSES, losses.LOSSES.values())
+    missing = [row for row in rows if row not in text]
+    assert not missing, f"the tables of README.md and docs/ lack {missing}"
+
+
+def imports_of(file):
+    """The names of the packages that a script imports, ours among them."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_scripts_import_four_packages_at_most():
     allowed = {"torch", "torchvision", "numpy", "PIL", "data", "eer", "losses", "models", "train", "verify"}
     for file in HERE.glob("*.py"):
-        nodes = list(ast.walk(ast.parse(file.read_text())))
-        names = {a.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for a in node.names}
-        names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-        assert names <= allowed | sys.stdlib_module_names, f"{file.name} imports {names - allowed}"
-        assert file.name != "models.py" or "torchvision" not in names
+        names = imports_of(file) - sys.stdlib_module_names
+        assert names <= allowed, f"{file.name} imports {names - allowed}"
+    assert "torchvision" not in imports_of(HERE / "models.py")
+
+
+# ---- Running them --------------------------------------------------------------------------------------------
+
+def outcome_of(test):
+    """("passed", "skipped" or "failed", why); test(tmp), if it asks for one, has a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            test(*[Path(folder)] * len(inspect.signature(test).parameters))
+        except Skip as e:
+            return "skipped", f": {e}"
+        except Exception:
+            return "failed", "\n" + traceback.format_exc()
+    return "passed", ""
 
 
 def main():
     torch.set_num_threads(min(2, torch.get_num_threads()))                     # OMP_NUM_THREADS may say 1
     warnings.simplefilter("ignore")
-    counts = dict(passed=0, failed=0, skipped=0)
+    words, counts = sys.argv[1:], {"passed": 0, "failed": 0, "skipped": 0}
     for name, test in list(globals().items()):
-        wanted = any(word in name for word in sys.argv[1:] or [""])
-        if not (name.startswith("test_") and wanted or name.startswith("slow_") and name in sys.argv[1:]):
-            continue
-        since = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                test(*[Path(folder)] * len(inspect.signature(test).parameters))
-                outcome, why = "passed", ""
-            except Skip as e:
-                outcome, why = "skipped", f": {e}"
-            except Exception:
-                outcome, why = "failed", "\n" + traceback.format_exc()
-        counts[outcome] += 1
-        print(f"{outcome:<7} {time.monotonic() - since:5.1f} s  {name[5:].replace('_', ' ')}{why}", flush=True)
+        wanted = not words or any(word in name for word in words)
+        if name in words and name.startswith("slow_") or name.startswith("test_") and wanted:
+            started = time.monotonic()
+            outcome, why = outcome_of(test)
+            counts[outcome] += 1
+            print(f"{outcome:<7} {time.monotonic() - started:5.1f} s  {name[5:].replace('_', ' ')}{why}", flush=True)
     if faces.cache_info().currsize:
         shutil.rmtree(faces().parent)
     print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
