@@ -1,6 +1,7 @@
 """Faces in, pictures out: find a data set, decode it once, hand out augmented batches.
 
     python data.py --data DIR           # what is in DIR: counts, images a person, sizes, unreadable files
+    python data.py --data DIR --prepare OUT --landmarks FILE        # cut faces out of photographs; --help tells more
 
 DIR is found, not configured. It may be, or lie above,
 
@@ -9,26 +10,34 @@ DIR is found, not configured. It may be, or lie above,
     <person>/*                                          any folder with one sub-folder a person
 
 with ver_data/* and val_pairs, test_pairs beside or inside it: .txt ('<image> <image> [0|1]', no header) or .csv
-(commas, a header). Without val_pairs, some people are held out by seed, and the pairs are drawn from them.
+(commas; a header, or none). Without val_pairs, some people are held out by seed, and the pairs are drawn from them.
 
 An image is decoded once, brought upright to RGB as a viewer shows it, cropped to its central square, and put as
-uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the files it came from. A batch is
-gathered from the pack by index and augmented on the device, each image with random numbers of its own.
+uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the files it came from, with a checksum.
+A batch is gathered from the pack by index and augmented on the device, each image with random numbers of its own.
+
+Nobody's: hidden files and folders, what systems leave behind (__MACOSX), and runs of train.py. Files without an
+image's suffix are skipped, counted and named.
 """
 import argparse
+import codecs
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import itertools
 import math
 import mmap
 import os
+import random
 import re
 import shutil
 import sys
 import time
+import unicodedata
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +54,7 @@ except ImportError:                     # Windows has no such locks: two runs mu
     fcntl = None
 
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+LEFT_BEHIND = "__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN"     # beside hidden files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -85,21 +95,43 @@ class FaceSet(NamedTuple):
 
 
 def read_lines(path):
-    """(number, text) of the lines that are not blank; a BOM, CRLF and names in any encoding are all
-    right."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
+    """(number, text) of the lines that are not blank; a BOM, UTF-16, CRLF and names in any encoding
+    are all right."""
+    encoding, errors = "utf-8-sig", "surrogateescape"
+    with open(regular(path), "rb") as f:
+        if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):         # as PowerShell writes
+            encoding, errors = "utf-16", "replace"
+    with open(path, encoding=encoding, errors=errors) as f:
         for number, line in enumerate(f, 1):
+            if "\0" in line:
+                raise ValueError(f"{path}:{number}: a zero byte; save the list as UTF-8 text")
             if line.strip():
                 yield number, line.strip()
 
 
+def is_number(text):
+    """Whether text is 0, 1, 2, ..., and fits 64 bits."""
+    return text.isdecimal() and len(text) <= 18
+
+
+def find_image(folder, name):
+    """The path of folder/name; None where there is nothing. The name may begin with the folder's
+    own, and spell an accent in either of Unicode's ways (macOS splits it from its letter)."""
+    for below in (name, name.removeprefix(os.path.basename(folder) + "/")):
+        for form in (below, unicodedata.normalize("NFC", below), unicodedata.normalize("NFD", below)):
+            path = os.path.join(folder, form)
+            if os.path.isfile(path) or os.path.islink(path):        # a dangling link: pack() calls it unreadable
+                return path
+    return None
+
+
 def checked_path(folder, name, where):
-    """folder/name as a string. ValueError when that leaves the folder or is not there."""
-    path = os.path.join(folder, name)
+    """find_image(folder, name). ValueError when that leaves the folder or is not there."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"{where}: '{name}' leaves {folder}; name images inside it")
-    if not os.path.isfile(path):
-        raise ValueError(f"{where}: no image '{name}' in {folder}; copy it there or delete the line")
+    path = find_image(folder, name)
+    if not path:
+        raise ValueError(f"{where}: no image '{name:.200}' in {folder}; copy it there or delete the line")
     return path
 
 
@@ -111,54 +143,80 @@ def read_labels(folder):
     for i, line in read_lines(os.path.join(folder, "labels.txt")):
         where = f"{folder}/labels.txt:{i}"
         columns = line.rsplit(None, 1)                      # a file's name may have spaces
-        if len(columns) != 2 or not columns[1].isdecimal():
-            raise ValueError(f"{where}: '{line}' is not '<file> <label>' with a label of 0, 1, 2, ...")
+        if len(columns) != 2 or not is_number(columns[1]):
+            raise ValueError(f"{where}: '{line:.200}' is not '<file> <label>' with a label of 0, 1, 2, ...")
         name, label = columns
-        if name in line_of:
-            raise ValueError(f"{where}: '{name}' stands on line {line_of[name]} already; keep one of them")
-        if " " in name and not os.path.isfile(os.path.join(images, name)):  # more likely a column too many
+        if " " in name and not find_image(images, name):    # more likely a column too many
             raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name"
                              f" '{name}'; write '<file> <label>'")
-        line_of[name] = i
-        files.append(checked_path(images, name, where))
+        file = checked_path(images, name, where)
+        if file in line_of:
+            raise ValueError(f"{where}: '{name}' stands on line {line_of[file]} already; keep one of them")
+        line_of[file] = i
+        files.append(file)
         labels.append(int(label))
     return files, labels
 
 
-def images_in(folder):
-    """The image files that lie in a folder itself."""
-    return sorted(e.path for e in os.scandir(folder) if os.path.splitext(e.name)[1].lower() in SUFFIXES)
+def is_left_behind(name):
+    """Whether a file or folder is hidden or a system's: no image, and no person's."""
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
-def read_people(folder):
-    """(files, labels) of a folder with one sub-folder a person; labels are the sub-folders' names.
-    """
-    files, labels = [], []
+def sub_folders(folder):
+    """Names of the sub-folders that may be people's: not what is_left_behind(), nor runs of
+    train.py."""
+    names = []
     for name in sorted(os.listdir(folder)):
-        person = os.path.join(folder, name)
-        if name != "ver_data" and os.path.isdir(person):
-            images = images_in(person)
+        path = os.path.join(folder, name)
+        is_run = any(os.path.lexists(os.path.join(path, file)) for file in ("log.csv", "last.pt"))
+        if os.path.isdir(path) and not is_run and not is_left_behind(name):
+            names.append(name)
+    return names
+
+
+def images_in(folder, skipped=None):
+    """The image files that lie in a folder itself. skipped: a list that gets the files which have
+    no image's suffix."""
+    images = []
+    for entry in os.scandir(folder):
+        if os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            if not is_left_behind(entry.name):
+                images.append(entry.path)
+        elif skipped is not None and not is_left_behind(entry.name) and not entry.is_dir(follow_symlinks=False):
+            skipped.append(entry.path)
+    return sorted(images)
+
+
+def read_people(folder, skipped=None):
+    """(files, labels) of a folder with one sub-folder a person; labels are the sub-folders' names.
+    skipped: as in images_in()."""
+    files, labels = [], []
+    for name in sub_folders(folder):
+        if name != "ver_data":
+            images = images_in(os.path.join(folder, name), skipped)
             files += images
             labels += [name] * len(images)
     return files, labels
 
 
-def read_split(folder):
+def read_split(folder, skipped=None):
     """(files, labels) of a folder in any layout. ([], None) where there is no such folder. labels
-    are None for images/ without labels.txt, and for images that lie in the folder itself."""
-    if os.path.isfile(os.path.join(folder, "labels.txt")):
+    are None for images/ without labels.txt, and for images that lie in the folder itself. skipped:
+    as in images_in()."""
+    if os.path.lexists(os.path.join(folder, "labels.txt")):
         return read_labels(folder)
     if not os.path.isdir(folder):
         return [], None
-    files, labels = read_people(folder)
+    files, labels = read_people(folder, skipped)
     if set(labels) <= {"images"}:                           # nobody has a sub-folder here
-        return files or images_in(folder), None
+        return files or images_in(folder, skipped), None
     return files, labels
 
 
-def read_labelled(folder):
+def read_labelled(folder, skipped=None):
     """read_split() of a folder that must have images of known people."""
-    files, labels = read_split(folder)
+    files, labels = read_split(folder, skipped)
     if not labels:
         raise ValueError(f"{folder}: no labelled training images; expected labels.txt and images/, or one sub-folder"
                          " of images a person, there or in cls_data/train")
@@ -170,8 +228,9 @@ def find_lfw_image(folder, name, number):
     """
     stem = f"{name}/{name}_{int(number):04d}"
     for suffix in [".jpg"] + sorted(SUFFIXES):              # .jpg first, as nearly all have it
-        if os.path.isfile(os.path.join(folder, stem + suffix)):
-            return stem + suffix
+        for written in (suffix, suffix.upper()):
+            if find_image(folder, stem + written):
+                return stem + written
     return stem + ".*"
 
 
@@ -191,8 +250,8 @@ def read_lfw(path, folder):
         if len(fields) == 3:
             label = "1"
             fields.insert(2, fields[0])                     # the second image is of the same person
-        if len(fields) != 4 or not (fields[1] + fields[3]).isdecimal():
-            raise ValueError(f"{path}:{i}: '{line}'; LFW's lines are 'name i j' or 'name i name j'")
+        if len(fields) != 4 or not is_number(fields[1]) or not is_number(fields[3]):
+            raise ValueError(f"{path}:{i}: '{line:.200}'; LFW's lines are 'name i j' or 'name i name j'")
         left, right = find_lfw_image(folder, *fields[:2]), find_lfw_image(folder, *fields[2:])
         rows.append((i, [left, right, label]))
     if folds == 1:
@@ -200,18 +259,31 @@ def read_lfw(path, folder):
     return rows, np.arange(len(rows)) // (2 * n)
 
 
+def is_header(row, folder):
+    """Whether no cell of a pair list's first row is a label, or the name of an image."""
+    for cell in row:
+        has_suffix = os.path.splitext(cell)[1].lower() in SUFFIXES
+        if has_suffix or cell in ("0", "1") or find_image(folder, cell):
+            return False
+    return True
+
+
 def read_pairs(path, folder):
     """Pairs from a .txt or .csv file whose image names are relative to folder: '<image> <image>
-    [0|1]' lines, or LFW's lists, known by their first line of nothing but numbers."""
+    [0|1]' lines, or LFW's lists, known by their first line of nothing but numbers. A .csv may have
+    a header."""
     is_csv = str(path).lower().endswith(".csv")
     rows, folds = [], None
     for i, line in read_lines(path):
         columns = line.split("," if is_csv else None)
         rows.append((i, [c.strip() for c in columns]))
-    if is_csv:
-        rows = rows[1:]                                     # without the header
-    elif rows and "".join(rows[0][1]).isdecimal():
+    if rows and not is_csv and is_number("".join(rows[0][1])):
         rows, folds = read_lfw(path, folder)
+    elif rows and is_header(rows[0][1], folder):
+        number, cells = rows.pop(0)
+        if not is_csv:
+            raise ValueError(f"{path}:{number}: '{' '.join(cells):.200}' names no image in {folder}; if it is a header,"
+                             " delete the line")
     if not rows:
         raise ValueError(f"{path}: no pairs in it; write '<image> <image> <0|1>' a line")
     width = len(rows[0][1])
@@ -233,15 +305,20 @@ def read_pairs(path, folder):
     return Pairs(list(number_of), np.array(left), np.array(right), labels, Path(path), folds)
 
 
+def list_names(name):
+    """The files that may hold the pairs of val_pairs or test_pairs; the course says test_pair, too.
+    """
+    return f"{name}.txt", f"{name}.csv", f"{name[:-1]}.txt", f"{name[:-1]}.csv"
+
+
 def find_pairs(root, name):
-    """The pairs of root/name.txt or .csv, there or in ver_data; None where there are none."""
+    """The pairs of one of list_names(name), in root or in ver_data; None where there are none."""
     ver_data = root / "ver_data"
     images = ver_data if ver_data.is_dir() else root
     for folder in (root, ver_data):
-        for suffix in (".txt", ".csv"):
-            path = folder / (name + suffix)
-            if path.is_file():
-                return read_pairs(path, images)
+        for file in list_names(name):
+            if os.path.lexists(folder / file):
+                return read_pairs(folder / file, images)
     return None
 
 
@@ -251,23 +328,26 @@ def find_root(path):
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; --data takes the folder that holds cls_data or people's folders")
     for pattern in ("cls_data", "*/cls_data", "*/*/cls_data", "*/*/*/cls_data"):
-        found = sorted(path.glob(pattern))
+        found = []
+        for folder in sorted(path.glob(pattern)):
+            if not any(map(is_left_behind, folder.relative_to(path).parts)):
+                found.append(folder)
         if len(found) > 1:
             sets = ", ".join(str(f.parent) for f in found)
             raise ValueError(f"{path}: several data sets ({sets}); name one of them")
         if found:
             return found[0].parent
     while True:                                             # a folder with nothing but a folder is gone through
-        inside = [e for e in path.iterdir() if e.is_dir() and e.name[0] != "."]
+        inside = sub_folders(path)
         if len(inside) != 1 or read_people(path)[0]:
             return path
-        path = inside[0]
+        path = path / inside[0]
 
 
 def hold_out(files, labels, share, seed):
     """(rest, Pairs): a share of the people with two images or more leaves the training set; rest
-    are the rows that stay. All genuine pairs of these people (up to 10 a person, 5,000 in all) and
-    as many impostor pairs are drawn."""
+    are the rows that stay. Genuine pairs of these people (up to 10 a person, 5,000 in all) and as
+    many impostor pairs are drawn."""
     rng = np.random.default_rng(seed)
 
     def draw(items, most):
@@ -285,7 +365,12 @@ def hold_out(files, labels, share, seed):
     held_out = draw(several, n)
     genuine, impostor = [], []
     for person in held_out:
-        genuine += draw(list(itertools.combinations(rows_of[person], 2)), 10)
+        own = rows_of[person]
+        pairs = math.comb(len(own), 2)                      # a million for 1,500 images: numbered, not listed
+        for pair in rng.choice(pairs, min(pairs, 10), replace=False).tolist():
+            second = (1 + math.isqrt(1 + 8 * pair)) // 2    # pairs 0 (0, 1), 1 (0, 2), 2 (1, 2), 3 (0, 3), ...
+            first = pair - math.comb(second, 2)
+            genuine.append((own[first], own[second]))
     genuine = draw(genuine, 5000)                           # in random order, also where there are fewer
     for _ in genuine:
         one, two = rng.choice(len(held_out), 2, replace=False)
@@ -313,71 +398,171 @@ def number_classes(files, labels, class_of):
     return Split(files, np.array([class_of[name] for name in labels]))
 
 
+def without_people(files, labels, people):
+    """(files, labels) of everybody else; labels may be None."""
+    if labels is None:
+        return files, None
+    rest = [i for i, name in enumerate(labels) if name not in people]
+    return [files[i] for i in rest], [labels[i] for i in rest]
+
+
+def describe_missing(root, skipped, lists):
+    """What load() looked for or found, and did not take: lines for FaceSet.note. lists: {name:
+    Pairs or None}."""
+    notes = []
+    for name, pairs in lists.items():
+        if pairs is None and (root / "ver_data").is_dir():
+            notes.append(f"ver_data, but no {name}: looked for {', '.join(list_names(name))}")
+    if skipped:
+        few = ", ".join(os.path.relpath(file, root) for file in sorted(skipped)[:3])
+        more = ", ..." if len(skipped) > 3 else ""
+        notes.append(f"{len(skipped)} files skipped, as they have no image's suffix: {few}{more}")
+    return notes
+
+
 def load(path, holdout=0.1, seed=0):
     """FaceSet of what --data names. Without val_pairs, a share holdout of the people is held out
     for them. ValueError, naming file, line and remedy, for what cannot be used."""
-    root, note = find_root(path), ""
+    root, skipped = find_root(path), []
     splits = root / "cls_data"
-    files, labels = read_labelled(splits / "train" if splits.is_dir() else root)
-    val_pairs = find_pairs(root, "val_pairs")
+    files, labels = read_labelled(splits / "train" if splits.is_dir() else root, skipped)
+    # without cls_data there are no such folders, and both are ([], None)
+    others = [read_split(splits / "dev", skipped), read_split(splits / "test", skipped)]
+    val_pairs, test_pairs = find_pairs(root, "val_pairs"), find_pairs(root, "test_pairs")
+    notes = describe_missing(root, skipped, {"val_pairs": val_pairs, "test_pairs": test_pairs})
     if val_pairs and val_pairs.labels is None:
         raise ValueError(f"{val_pairs.path}:1: no label; write '<image> <image> <0|1>', and what has no labels to"
                          " test_pairs")
     if val_pairs is None and holdout:
-        people = len(set(labels))
+        people = set(labels)
         rest, val_pairs = hold_out(files, labels, holdout, seed)
-        files = [files[i] for i in rest]
-        labels = [labels[i] for i in rest]
-        note = (f"no val_pairs: {people - len(set(labels))} of {people} people held out (seed {seed}) for"
-                f" {len(val_pairs.labels)} validation pairs")
+        held_out = people - {labels[i] for i in rest}
+        files, labels = without_people(files, labels, held_out)
+        before = sum(len(split) for split, _ in others)
+        others = [without_people(*split, held_out) for split in others]
+        fewer = before - sum(len(split) for split, _ in others)
+        notes.append(f"no val_pairs: {len(held_out)} of {len(people)} people held out (seed {seed}) for"
+                     f" {len(val_pairs.labels)} validation pairs")
+        if fewer:
+            notes.append(f"{fewer} images of theirs in dev and test are left out")
     names = sorted(set(labels))
     if len(names) < 2:
         raise ValueError(f"{root}: one person in all; add another, a classifier needs two at least")
     class_of = {name: c for c, name in enumerate(names)}
     train = number_classes(files, labels, class_of)
-    # without cls_data there are no such folders, and both are None
-    dev = number_classes(*read_split(splits / "dev"), class_of)
-    test = number_classes(*read_split(splits / "test"), class_of)
-    test_pairs = find_pairs(root, "test_pairs")
-    return FaceSet(root, list(map(str, names)), train, dev, test, val_pairs, test_pairs, note)
+    dev, test = [number_classes(*split, class_of) for split in others]
+    return FaceSet(root, list(map(str, names)), train, dev, test, val_pairs, test_pairs, "; ".join(notes))
+
+
+def file_state(file):
+    """(length in bytes, time of change) of a file; (-1, 0) of a link that leads nowhere."""
+    try:
+        state = os.stat(file)
+    except OSError:
+        return -1, 0
+    return state.st_size, state.st_mtime_ns
+
+
+def set_digest(faces):
+    """16 hex digits over what training and validation rest on: names below the root and lengths of
+    their files, labels, pairs. A set that is moved or copied keeps its digest."""
+    digest = hashlib.sha256()
+
+    def add(files, *numbers):
+        for file in files:
+            name = str(file).removeprefix(str(faces.root))
+            digest.update(os.fsencode(f"{name}\0{file_state(file)[0]}\n"))
+        for column in numbers:
+            digest.update(np.asarray(column, np.int64).tobytes())
+
+    add(*faces.train)
+    if faces.val_pairs:
+        add(faces.val_pairs.files, faces.val_pairs.left, faces.val_pairs.right, faces.val_pairs.labels)
+    return digest.hexdigest()[:16]
 
 
 # ---- Packs: images decoded once ------------------------------------------------------------------------------
 
-def rgb(file):
+def upright(im):
+    """A PIL image turned as its EXIF data say, of which nothing else is read."""
+    orientation = 1
+    with contextlib.suppress(Exception):                    # odd EXIF data are no reason to do without the pixels
+        orientation = im.getexif().get(0x0112, 1)
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+             7: "TRANSVERSE", 8: "ROTATE_90"}
+    if orientation in turns:
+        return im.transpose(Image.Transpose[turns[orientation]])
+    return im
+
+
+def to_8_bits(im):
+    """A grey image of whole numbers or floats as one of 8 bits, where convert() would clip at 255.
+    White is the smallest usual value (1, 255, 65535, 2 ** 31 - 1) that no pixel exceeds."""
+    grey = np.asarray(im, np.float64)
+    whites = (1, 255, 65535) if im.mode == "F" else (255, 65535, 2 ** 31 - 1)
+    fitting = [white for white in whites if grey.max() <= white]    # none for NaN
+    if not fitting or grey.min() < -0.01 * fitting[0]:      # a little below black: of resampling
+        raise ValueError(f"pixels from {grey.min():g} to {grey.max():g}")
+    return Image.fromarray((grey * 255 / fitting[0]).round().clip(0, 255).astype(np.uint8))
+
+
+def png_pixels(content):
+    """The bytes of a PNG without the chunks that tell nothing about its pixels: text, profiles."""
+    kept, i = content[:8], 8
+    while i < len(content):
+        end = i + 12 + int.from_bytes(content[i:i + 4], "big")      # length, type, data, checksum
+        if content[i + 4:i + 8] in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            kept += content[i:end]
+        i = end
+    return kept
+
+
+def to_rgb(im):
     """A PIL image in RGB as a viewer shows it: EXIF rotation, palettes, grey, 16 bit, alpha (over
     white)."""
-    with Image.open(file) as im:
-        im = ImageOps.exif_transpose(im)
-        if im.mode.startswith(("I", "F")):                  # 16-bit PNG and TIFF: convert() would clip at 255
-            grey = np.asarray(im, np.float32)
-            if grey.max() > 255:
-                grey = grey / 257
-            im = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        if im.has_transparency_data:
-            im = im.convert("RGBA")
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return im.convert("RGB")
+    im = upright(im)
+    if im.mode.startswith(("I", "F")):                      # 16-bit PNG, and TIFF
+        im = to_8_bits(im)
+    if im.has_transparency_data:
+        im = im.convert("RGBA")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+    return im.convert("RGB")
+
+
+def rgb(file):
+    """to_rgb() of an image file. A PNG whose text or profile is odd is read without them."""
+    regular(file)
+    try:
+        with Image.open(file) as im:
+            return to_rgb(im)
+    except Exception:
+        content = Path(file).read_bytes()
+        if content.startswith(b"\x89PNG"):
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(png_pixels(content))) as im:
+                return to_rgb(im)
+        raise
 
 
 def decode(file, size, crop=1.0):
-    """uint8 (size, size, 3): of an image's central square the inner part, crop of its side.
-    ValueError naming the file if it cannot be read."""
+    """uint8 (size, size, 3) of a file, or of a PIL image: of its central square the inner part,
+    crop of its side. ValueError naming the file if it cannot be read."""
     try:
-        return np.asarray(ImageOps.fit(rgb(file), (size, size), Image.BICUBIC, (1 - crop) / 2))
+        im = to_rgb(file) if isinstance(file, Image.Image) else rgb(file)
+        return np.asarray(ImageOps.fit(im, (size, size), Image.BICUBIC, (1 - crop) / 2))
     except Exception as e:                                  # Pillow raises a dozen kinds on broken files
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{file}: not a readable image ({reason})") from None
 
 
 def measure(file):
-    """(width, height) by an image's header, None where there is none; pack() is what counts the
-    unreadable."""
-    try:
-        with Image.open(file) as im:
+    """(width, height) by an image's header, None where it is not readable; pack() is what counts
+    the unreadable."""
+    with contextlib.suppress(Exception):
+        with Image.open(regular(file)) as im:
             return im.size
-    except Exception:
-        return None
+    with contextlib.suppress(Exception):
+        return rgb(file).size
+    return None
 
 
 def native_size(files):
@@ -401,6 +586,7 @@ class Images:
 
     def __init__(self, files, size, rows=None, crop=1.0):
         self.files, self.size, self.rows, self.crop = files, size, rows, crop
+        self.unreadable = {}                                # {number: why}, where pack() has read them all
         self.rows_read = 0
 
     def __len__(self):
@@ -445,121 +631,204 @@ def cache_folder(root):
 
 
 def reserve(path, shape):
-    """A new memory-mapped uint8 array in path; None where the disk has no room. Disk blocks are
-    allocated first: writing to a mapped page without one kills the process (SIGBUS)."""
-    rows = None
+    """A new .npy file in path with the header of a uint8 array, open for its rows; None where the
+    disk has no room."""
+    f = open(path, "wb")
     try:
-        rows = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+            os.posix_fallocate(f.fileno(), 0, math.prod(shape) + 128)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return None
-        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):     # file systems that cannot allocate, or cannot map
-            raise
-    return rows
+            f.close()
+            return None                                     # others: a file system that cannot allocate
+    np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return f
 
 
-def decode_all(files, rows, size, crop, what):
-    """Decode all files, into rows (n, S, S, 3) if not None. Returns a line 'number<tab>reason' for
-    each unreadable."""
+def decode_all(files, out, size, crop, what):
+    """Decode all files, and write them to the file out if not None. Returns a line
+    'number<tab>reason' for each unreadable one, which is written as black."""
+    black = np.zeros((size, size, 3), np.uint8)
+
     def decode_one(i):
         try:
-            image = decode(files[i], size, crop)
+            return decode(files[i], size, crop), ""
         except ValueError as e:
-            return f"{i}\t{e}\n"
-        if rows is not None:
-            rows[i] = image
-        return ""
+            reason = " ".join(str(e).split())               # a file's name may have a line break
+            return black, f"{i}\t{reason}\n"
 
     unreadable, progress = "", Progress(f"decoding {what}", len(files))
     with ThreadPoolExecutor() as pool:
-        for i, line in enumerate(pool.map(decode_one, range(len(files))), 1):
-            unreadable += line
-            progress.update(i)
+        for first in range(0, len(files), 512):             # a block at a time: a slow disk must not fill the memory
+            block = range(first, min(first + 512, len(files)))
+            for i, (image, line) in zip(block, pool.map(decode_one, block)):
+                unreadable += line
+                if out:
+                    out.write(image)
+                progress.update(i + 1)
     return unreadable
 
 
 def pack_name(files, size, what, crop):
-    """(kind, name) of a pack: the name is the kind and a digest of every file's path, length and
-    time, so that changed files get a new pack."""
+    """The name of a pack: its kind and a digest of every file's path, length and time, so that
+    changed files get a new pack."""
     kind = f"{what}-{size}"
     if crop != 1:
         kind += f"x{crop:g}".replace(".", "")
-    digest = hashlib.sha256(f"1 {size}".encode())
+    digest = hashlib.sha256(f"2 {size}".encode())
     for file in files:
-        s = os.stat(file)
-        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{s.st_size} {s.st_mtime_ns}\n"))
-    return kind, f"{kind}-{digest.hexdigest()[:16]}"
+        length, changed = file_state(file)
+        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{length} {changed}\n"))
+    return f"{kind}-{digest.hexdigest()[:16]}"
+
+
+def checksum(target, lines):
+    """The last line of a listing: over the lines before, and the pack if there is one. CRC32 takes
+    half a second a GB, where BLAKE2 takes 1.7 s."""
+    crc = zlib.crc32(lines)
+    if os.path.lexists(target):
+        with open(regular(target), "rb") as f:
+            for block in iter(functools.partial(f.read, 1 << 22), b""):
+                crc = zlib.crc32(block, crc)
+    return b"crc32\t%08x\n" % crc
+
+
+def read_pack(target, listing, has_room):
+    """(rows, {number: why that image is unreadable}) of a pack, None where anything is wrong with it.
+    rows are None where it was not made, for want of room, or cannot be mapped."""
+    try:
+        content = Path(regular(listing)).read_bytes()
+        lines, mark, digits = content.rpartition(b"crc32\t")
+        if mark + digits != checksum(target, lines):
+            return None
+    except OSError:
+        return None
+    unreadable, rows = {}, None
+    for line in lines.decode("utf-8", "surrogateescape").splitlines():
+        number, _, reason = line.partition("\t")
+        unreadable[int(number)] = reason
+    if target.exists():
+        with contextlib.suppress(OSError):                  # ENODEV: this file system has no memory maps
+            rows = np.load(target, mmap_mode="r")
+    elif has_room:                                          # there was none when the listing was written
+        return None
+    return rows, unreadable
+
+
+def build_pack(target, listing, has_room, files, size, crop, what):
+    """Decode files into a pack and its listing, and remove older packs of its kind. Returns whether
+    there was room for it."""
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    out = None
+    for damaged in (target, listing):
+        damaged.unlink(missing_ok=True)
+    try:
+        if has_room:
+            out = reserve(temporary, (len(files), size, size, 3))
+        lines = decode_all(files, out, size, crop, what).encode("utf-8", "surrogateescape")
+        if out:
+            out.close()                                     # Windows renames no open file
+            os.replace(temporary, target)
+        write(listing, lines + checksum(target, lines))
+    except OSError as e:
+        e.filename = e.filename or str(temporary)
+        raise
+    finally:
+        if out:
+            with contextlib.suppress(OSError):
+                out.close()
+        temporary.unlink(missing_ok=True)
+    if out:
+        kind, _ = target.name.rsplit("-", 1)
+        for old in target.parent.glob(f"{kind}-*"):         # who still has it mapped keeps it until the end
+            if not old.name.startswith(target.stem):
+                with contextlib.suppress(OSError):          # on Windows it stays, too
+                    old.unlink()
+    return bool(out)
 
 
 def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
     """(Images, rows (k,)): the files as decode() has them, and the numbers of the readable ones.
 
     Unreadable files are listed beside the pack; a share of more than max_unreadable is a
-    ValueError. A pack appears by renaming, whole or not at all, and replaces the last of its kind.
+    ValueError. A pack appears by renaming, whole or not at all, and replaces the last of its kind;
+    if it is damaged, by the checksum at the end of its listing, it is made anew.
     Where the disk has no room, the files are only checked now and decoded anew for each batch.
     """
-    kind, name = pack_name(files, size, what, crop)
+    name = pack_name(files, size, what, crop)
     target, listing = cache / f"{name}.npy", cache / f"{name}.unreadable.txt"
-    temporary = cache / f"{name}.{os.getpid()}.tmp"
-    with lock(cache, wait=True):                            # of two runs one decodes, the other finds it done
-        has_room = len(files) * size * size * 3 < 0.9 * shutil.disk_usage(cache).free  # bytes
-        # a listing without a pack is of a time when the disk had no room
-        if not listing.exists() or has_room and not target.exists():
-            try:
-                rows = reserve(temporary, (len(files), size, size, 3)) if has_room else None
-                write(listing, decode_all(files, rows, size, crop, what))
-                if rows is not None:
-                    rows.flush()
-                    os.replace(temporary, target)
-                    for old in cache.glob(f"{kind}-*"):     # who still has it mapped keeps it until the end
-                        if not old.name.startswith(name):
-                            old.unlink(missing_ok=True)
-            finally:
-                temporary.unlink(missing_ok=True)
-        unreadable = [line.split("\t", 1) for _, line in read_lines(listing)]
-        rows = np.load(target, mmap_mode="r") if target.exists() else None
+    has_room = len(files) * size * size * 3 < 0.9 * shutil.disk_usage(cache).free   # bytes
+    found = read_pack(target, listing, has_room)
+    if not found:
+        with lock(cache, wait=True):                        # of two runs one decodes, the other finds it done
+            found = read_pack(target, listing, has_room)
+            if not found:
+                has_room = build_pack(target, listing, has_room, files, size, crop, what)
+                found = read_pack(target, listing, has_room)
+    if not found:
+        raise ValueError(f"{target}: not as it was written a moment ago; check the disk")
+    rows, unreadable = found
     message = f"{len(unreadable)} of {len(files)} {what} are unreadable"
     if len(unreadable) > max_unreadable * len(files):
-        raise ValueError(f"{unreadable[0][1]}; {message}, at most {max_unreadable:.0%} may be: see {listing}, then mend"
-                         " them, or remove them from the set")
+        first = unreadable[min(unreadable)]
+        raise ValueError(f"{first}; {message}, at most {max_unreadable:.0%} may be: see {listing}, then mend them, or"
+                         " remove them from the set")
     if unreadable:
         print(f"{message} and left out: {listing}", file=sys.stderr)
-    readable = np.setdiff1d(np.arange(len(files)), [int(i) for i, _ in unreadable])
-    return Images(files, size, rows, crop), readable
+    readable = np.setdiff1d(np.arange(len(files)), list(unreadable))
+    images = Images(files, size, rows, crop)
+    images.unreadable = unreadable
+    return images, readable
 
 
 # ---- Batches: drawn, gathered one ahead, augmented on the device ---------------------------------------------
 
 def epoch_batches(labels, rows, batch_size, seed, epoch, per_person=0):
     """(steps, batch) row numbers of an epoch, a function of seed and epoch: a permutation of rows;
-    or, with per_person = K, batches of P people x K images. Who has fewer than K images appears
-    with repeated ones, which are augmented differently."""
+    or, with per_person = K, batches of P people x K images, see batches_of_people()."""
     rng = np.random.default_rng((seed, epoch))
     rows = rng.permutation(rows)
     if per_person:
-        # people together, the images of each in random order
-        rows = rows[np.argsort(labels[rows], kind="stable")]
-        first_of_person = np.flatnonzero(np.diff(labels[rows])) + 1
-        groups = []
-        for images in np.split(rows, first_of_person):
-            n = math.ceil(len(images) / per_person)
-            groups.append(np.resize(images, (n, per_person)))
-        groups = rng.permutation(np.concatenate(groups))    # (groups, per_person)
-        rows = groups[:math.ceil(len(rows) / per_person)].ravel()  # an epoch has as many images as before
+        return batches_of_people(labels, rows, batch_size, per_person, rng)
     steps = max(1, len(rows) // batch_size)
     return np.resize(rows, (steps, min(batch_size, len(rows))))
 
 
+def batches_of_people(labels, rows, batch_size, per_person, rng):
+    """(steps, P * K) of rows in random order: P = batch_size // K people, K = per_person images of each.
+    All people are drawn equally often. Nobody is in a batch twice unless there are fewer than P.
+    Who has fewer than K images appears with repeated ones, which are augmented differently."""
+    if batch_size < 2 * per_person:
+        raise ValueError(f"--batch-size {batch_size} cannot hold two people with --per-person {per_person} images each;"
+                         f" give {2 * per_person} or more, or fewer a person")
+    rows = rows[np.argsort(labels[rows], kind="stable")]    # people together, the images of each in random order
+    images_of = np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
+    groups = max(2, math.ceil(len(rows) / per_person))      # as many images as in other epochs
+    people = min(batch_size // per_person, groups)
+    steps = groups // people
+    drawn = []                                              # the people of each batch
+    while len(drawn) < steps:
+        everybody = rng.permutation(len(images_of))
+        everybody = np.resize(everybody, max(people, len(everybody)))
+        batches = len(everybody) // people
+        drawn += everybody[:batches * people].reshape(batches, people).tolist()
+    drawn = np.ravel(drawn[:steps])
+    times = np.bincount(drawn, minlength=len(images_of))
+    images = [np.resize(own, (n, per_person)) for own, n in zip(images_of, times)]
+    result = np.empty((len(drawn), per_person), rows.dtype)
+    result[np.argsort(drawn, kind="stable")] = np.concatenate(images)
+    return result.reshape(steps, people * per_person)
+
+
 def batches(images, order, device, local_rows=slice(None)):
     """For each index array of order: (index (B,), uint8 images (B, S, S, 3)) on the device, or only
-    the images local_rows of the batch. A thread gathers the next batch meanwhile, into pinned
-    memory that is copied without waiting."""
+    the images local_rows of the batch. A thread gathers the next batch meanwhile; for CUDA into
+    pinned memory, which alone may be copied without waiting."""
+    is_cuda = device.type == "cuda"
+
     def fetch(index):
         tensors = [torch.from_numpy(index), torch.from_numpy(images[index[local_rows]])]
-        if device.type == "cuda":
+        if is_cuda:
             with torch.cuda.device(device):                 # a new thread starts on GPU 0
                 tensors = [t.pin_memory() for t in tensors]
         return tensors
@@ -571,13 +840,20 @@ def batches(images, order, device, local_rows=slice(None)):
             if index is not None:
                 pending = pool.submit(fetch, index)
             if ready:
-                yield [t.to(device, non_blocking=True) for t in ready.result()]
+                yield [t.to(device, non_blocking=is_cuda) for t in ready.result()]
+
+
+def memory_format(device):
+    """How networks and images lie in memory: channels_last, which is faster; not on Apple's MPS,
+    where versions of torch that we allow get batch norm's backward wrong in it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def normalise(x):
-    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in -1..1 (mean 0.5, deviation 0.5), channels_last.
-    """
-    return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in -1..1 (mean 0.5, deviation 0.5), in
+    memory_format()."""
+    x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return x.contiguous(memory_format=memory_format(x.device))
 
 
 # Strengths of each augmentation, in short runs and from 16 epochs on, and what it means. On 6,820
@@ -733,10 +1009,18 @@ class ImagePairDataset(torch.utils.data.Dataset):
 
 # ---- Shared by the scripts -----------------------------------------------------------------------------------
 
+def regular(path):
+    """path, or a file object as it is. OSError for a pipe, a device or a folder: to open one may
+    wait for ever."""
+    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
 def write(path, content):
     """Write bytes, or text as read_lines() reads it, so that path has the old content or the new,
     never half: to a temporary file that is flushed and renamed."""
-    path = Path(path)
+    path = Path(regular(path))                              # /dev/null is not for replacing
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogateescape")
@@ -757,7 +1041,7 @@ def lock(folder, wait=False):
     """Keep other processes out of folder until the file returned is closed or this process ends, in
     any way, and remove what dead processes left half-written. If another process is in there:
     ValueError, or wait for its end. Does nothing where the system has no locks."""
-    f = open(Path(folder, ".lock"), "a")
+    f = open(regular(Path(folder, ".lock")), "a")
     try:
         fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         for old in Path(folder).glob("*.[0-9]*.tmp"):
@@ -793,14 +1077,56 @@ class Progress:
 REMEDIES = {
     errno.ENOSPC: "make room there, or write elsewhere",
     errno.ENOENT: "check the name",
+    errno.ENOMEM: "free memory, or ask for less with a smaller --batch-size or --size",
+    errno.EMFILE: "raise 'ulimit -n'",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EIO: "check the disk",
     errno.EACCES: "change its permissions, or name another"}
+
+
+class Output:
+    """stdout or stderr. When it is closed or nobody reads it any more, the work goes on unheard."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self.stream.reconfigure(errors="backslashreplace")      # a name that cannot be shown is shown escaped
+
+    def __getattr__(self, name):                            # fileno, isatty, encoding, ...
+        return getattr(self.stream, name)
+
+    def attempt(self, method, *arguments):
+        try:
+            return getattr(self.stream, method)(*arguments)
+        except (OSError, ValueError):
+            null = open(os.devnull, "w")
+            with contextlib.suppress(OSError, ValueError):  # what it has not yet written follows
+                os.dup2(null.fileno(), self.stream.fileno())
+            self.stream = null
+
+    def write(self, text):
+        return self.attempt("write", text)
+
+    def flush(self):
+        return self.attempt("flush")
+
+
+def check_start():
+    """ValueError for what argparse, or a library, would answer with a traceback."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the working folder has been deleted; cd to one that exists") from None
+    for argument in sys.argv[1:]:
+        if argument.startswith("--") and argument.endswith("=--"):      # an empty list to argparse
+            usage(f"{argument[:-3]}: '--' is no value")
 
 
 def cli(main):
     """Run a script's main(): a ValueError or OSError is one line on stderr and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):                  # a name that cannot be shown is no reason to stop
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
+        check_start()
         return main()
     except (ValueError, OSError) as e:
         text = str(e)
@@ -847,9 +1173,9 @@ class Frame(NamedTuple):
         return self.origin + (points - self.low) / (self.high - self.low) * self.size
 
 
-def ticks(low, high, log=False):
+def ticks(low, high, log=False, whole=False):
     """Round numbers, at most six, that span low..high; log: of the powers of ten, or with 2 and 5
-    between."""
+    between; whole: whole ones."""
     if log:
         powers = np.arange(math.floor(low), math.ceil(high) + 1)
         between = [1, 2, 5] if high - low < 3 else [1]
@@ -858,6 +1184,8 @@ def ticks(low, high, log=False):
     raw = (high - low) / 5 or 1.0
     steps = 10.0 ** math.floor(math.log10(raw)) * np.array([1, 2, 5, 10])  # of which the smallest that suffices
     step = steps[steps >= raw * 0.999][0]
+    if whole:
+        step = max(step, 1)
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
 
 
@@ -865,7 +1193,9 @@ def read_series(number, logs, xs, ys, kind="line", colour=None):
     """(points (n, 2), kind, colour) of a series of plot(): the points that have a place on the
     axes. logs: which axes are logarithmic; number: the colour by default."""
     if kind == "bars":                                      # their outline, from the axis and back to it
-        xs, ys = np.repeat(xs, 2), np.concatenate([[0], np.repeat(ys, 2), [0]])
+        axis = 0.5 if logs[1] else 0                        # so that on a logarithmic axis 1 is seen
+        ys = np.maximum(ys, axis)
+        xs, ys = np.repeat(xs, 2), np.concatenate([[axis], np.repeat(ys, 2), [axis]])
     points = np.array([xs, ys], float).T
     with np.errstate(divide="ignore", invalid="ignore"):
         points[:, logs] = np.log10(points[:, logs])
@@ -887,12 +1217,12 @@ def value_range(points, axes, size):
     return low, np.where(high > low, high, low + 1)         # a single value gets a range, too
 
 
-def draw_axes(pen, frame, logs):
+def draw_axes(pen, frame, logs, whole_x):
     """Grid lines and their numbers, then the two axes."""
     left, bottom = frame.origin
     right, top = frame.origin + frame.size
     for axis, log in enumerate(logs):
-        for value in ticks(frame.low[axis], frame.high[axis], log):
+        for value in ticks(frame.low[axis], frame.high[axis], log, whole_x and axis == 0):
             x, y = frame.to_canvas(value)
             line, place, anchor = (x, top, x, bottom), (x, bottom + 15), "mt"
             if axis == 1:
@@ -953,7 +1283,7 @@ def draw_panel(pen, x, width, height, title, x_label, y_label, series, axes=""):
     size = np.array([width - 198, height - 228])
     low, high = value_range(points, axes, size)
     frame = Frame(np.array([left, height - 126]), size * (1, -1), low, high)
-    draw_axes(pen, frame, logs)
+    draw_axes(pen, frame, logs, "wholex" in axes)
     pen.text((middle, 30), title, INK, ImageFont.load_default(13 * ZOOM), "mt")
     pen.text((middle, height - 24), x_label, INK, anchor="mb")
     pen.text((left, top - 12), y_label, INK, anchor="lb")
@@ -966,11 +1296,11 @@ def draw_panel(pen, x, width, height, title, x_label, y_label, series, axes=""):
 def plot(path, panels, width=420, height=300):
     """Charts side by side as a PNG, each of width times height pixels; path None: as a PIL image.
 
-    A panel: (title, x label, y label, series, axes); axes, optional, may contain logx, logy and
-    equal (a unit is as long in x as in y). series: {name: (xs, ys, kind, colour)}; kind, optional:
-    line, points or bars (xs are the n + 1 edges); colour, optional: its number in COLOURS_OF_LINES.
-    What has no place on the axes is left out. Names are shown where there are several series, but
-    for those that begin with _.
+    A panel: (title, x label, y label, series, axes); axes, optional, may contain logx, logy, wholex
+    (no ticks between whole numbers) and equal (a unit is as long in x as in y). series: {name: (xs,
+    ys, kind, colour)}; kind, optional: line, points or bars (xs are the n + 1 edges); colour,
+    optional: its number in COLOURS_OF_LINES. What has no place on the axes is left out. Names are
+    shown where there are several series, but for those that begin with _.
     """
     width, height = width * ZOOM, height * ZOOM
     canvas = Image.new("RGB", (width * len(panels), height), "white")
@@ -1284,7 +1614,7 @@ def synthesise(root, people=200, images=11, size=64, seed=0):
     """Write the homework's layout to root, not there yet: `people`, 8 or more, with `images` each
     in train and one in dev and test; others behind val_pairs.txt, yet others behind test_pairs.txt
     (whose labels are answers.txt)."""
-    root = Path(root).resolve()
+    root = Path(os.path.realpath(root))
     draft = root.with_name(f"{root.name}.{os.getpid()}.part")
     rng = np.random.default_rng(seed)
 
@@ -1325,6 +1655,241 @@ def synthesise(root, people=200, images=11, size=64, seed=0):
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+# ---- Photographs to faces ------------------------------------------------------------------------------------
+
+# Where ArcFace's faces of 112x112 have the left eye, the right eye, the tip of the nose and the
+# corners of the mouth, left and right as seen in the picture. A point is x + iy, and 0 is the middle
+# of the first pixel.
+TEMPLATE = np.array([
+    38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j])
+
+
+def similarity(points):
+    """(a, b), complex: a z + b brings five points z to TEMPLATE, the best by least squares (Umeyama,
+    IEEE PAMI 1991); a turns and scales. ValueError if the points are no face's."""
+    if not (abs(points) < 1e6).all():                       # nor is NaN
+        raise ValueError("a point is a million pixels away, or is none")
+    from_middle = points - points.mean()
+    # on a line these have one direction or the opposite one, so their squares have one direction
+    if abs((from_middle ** 2).sum()) >= 0.999 * (abs(from_middle) ** 2).sum():
+        raise ValueError("the five points are equal, or on one line")
+    equations = np.stack([points, np.ones(5)], 1)
+    a, b = np.linalg.lstsq(equations, TEMPLATE, rcond=None)[0]
+    if not 1 / 20 <= abs(a) <= 20:
+        raise ValueError(f"112 pixels of the face would be {112 / abs(a):.3g} of the photograph")
+    distance = abs(a * points + b - TEMPLATE)
+    if (distance ** 2).mean() > 20 ** 2:                    # a profile has 15, a mirror image 22
+        raise ValueError("not x and y of left eye, right eye, nose, left and right corner of the mouth"
+                         " as seen in the picture")
+    return a, b
+
+
+def read_landmarks(path, root):
+    """{file: similarity()} of lines '<photograph> <ten numbers>', x and y of five points, with blanks
+    or commas between. Photographs are named relative to root."""
+    found = {}
+    for i, line in read_lines(path):
+        where = f"{path}:{i}"
+        fields = re.fullmatch(r"(.+?)" + r"[\s,]+([-+.\w]+)" * 10, line)
+        if not fields:
+            raise ValueError(f"{where}: '{line}' is not '<photograph> <x and y of five points>'")
+        file = checked_path(root, os.path.normpath(fields[1]), where)
+        if file in found:
+            raise ValueError(f"{where}: a second face in '{fields[1]}'; keep the line of the person that is meant")
+        try:
+            numbers = np.array(fields.groups()[1:], float)
+            found[file] = similarity(numbers.view(complex))
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}; mend the line, or delete it to leave the photograph out") from None
+    return found
+
+
+def read_names(path, root):
+    """The people in LFW's lists (peopleDevTrain.txt, people.txt): lines '<name> <number of images>',
+    and among them lines of one number, which count the people that follow."""
+    names = set()
+    for i, line in read_lines(path):
+        if not line.isdecimal():
+            name = re.sub(r"\s+\d+$", "", line)
+            if not os.path.isdir(os.path.join(root, name)):
+                raise ValueError(f"{path}:{i}: no folder '{name}' in {root}; copy it there or delete the line")
+            names.add(name)
+    return names
+
+
+def align(photo, transform, size):
+    """PIL image (size, size) of a photograph under the transform (a, b) of similarity()."""
+    a, b = np.multiply(transform, size / 112)
+    reduction = max(1, int(1 / abs(a)))
+    if reduction > 1:                                       # else pixels between the samples would be lost
+        photo = photo.reduce(reduction)
+    # Pillow asks for the way back, and its 0 is the corner of the first pixel
+    middle = 0.5 + 0.5j
+    turn = 1 / a / reduction
+    shift = (middle - (middle + b) / a) / reduction
+    way_back = (turn.real, -turn.imag, shift.real, turn.imag, turn.real, shift.imag)
+    return photo.transform((size, size), Image.AFFINE, way_back, Image.BICUBIC)
+
+
+def cut_face(file, size, box=None, landmarks=None):
+    """PIL image (size, size) of a photograph's face, by its box (left, top, right, bottom) or by
+    read_landmarks(), black beyond the photograph. None without either: it is a face as it is."""
+    photo = rgb(file)
+    if box:
+        face = photo.crop(box).resize((size, size), Image.LANCZOS)
+    elif landmarks is None:
+        return None
+    elif file not in landmarks:
+        raise ValueError("no landmarks")
+    else:
+        face = align(photo, landmarks[file], size)
+    if not face.getbbox():
+        raise ValueError("black: the face is not in the photograph")
+    return face
+
+
+def write_faces(target_of, size, box, landmarks):
+    """Write cut_face() of each file to target_of[file], or a copy where that is None. Returns the
+    lines 'file<tab>reason' of what could not be used.
+
+    Faces are JPEG, as the lists of LFW and the homework call them and a third of PNG's bytes; of
+    quality 95 and with all of the colour.
+    """
+    def write_face(file):
+        try:
+            face = cut_face(file, size, box, landmarks)
+        except Exception as e:                              # as in decode()
+            reason = " ".join(str(e).split()) or type(e).__name__
+            return [f"{file}\t{reason}"]
+        target_of[file].parent.mkdir(parents=True, exist_ok=True)
+        if face:
+            face.save(target_of[file], quality=95, subsampling=0)
+        else:
+            shutil.copyfile(file, target_of[file])
+        return []
+
+    left_out, progress = [], Progress("preparing", len(target_of))
+    with ThreadPoolExecutor() as pool:
+        for i, lines in enumerate(pool.map(write_face, target_of), 1):
+            left_out += lines
+            progress.update(i)
+    return left_out
+
+
+def draw_pairs(people, rows_of, rng):
+    """[((row, row), same)] of people's images, rows_of[person]: at most 8 genuine pairs a person and
+    491 in all, and 509 impostor pairs for every 491."""
+    genuine, impostor = [], set()
+    for person in people:
+        count = math.comb(len(rows_of[person]), 2)
+        for k in rng.sample(range(count), min(8, count)):   # the k-th pair, without a list of all
+            pairs = itertools.combinations(rows_of[person], 2)
+            genuine.append(next(itertools.islice(pairs, k, None)))
+    genuine = rng.sample(genuine, min(491, len(genuine)))
+    while len(impostor) < round(len(genuine) * 509 / 491):
+        one, two = rng.sample(people, 2)
+        impostor.add((rng.choice(rows_of[one]), rng.choice(rows_of[two])))
+    same = [1] * len(genuine) + [0] * len(impostor)
+    drawn = list(zip(genuine + sorted(impostor), same))
+    rng.shuffle(drawn)
+    return drawn
+
+
+def lay_out_homework(source, root):
+    """Move the images of source, a folder a person, to the homework's layout in root; always alike.
+
+    320 people with several images and 400 with one, or a third of fewer people, are held out: half of
+    them for val_pairs.txt, half for test_pairs.txt, whose labels are answers.txt. The others train; of
+    four images or more the last is dev's. Of LFW's 4,038 training people this makes the README's HW.
+    """
+    files, people = read_people(source)
+    rng = random.Random(2025)
+    rows_of = {}
+    for row, person in enumerate(people):
+        rows_of.setdefault(person, []).append(row)
+    several = [p for p in rows_of if len(rows_of[p]) > 1]
+    single = [p for p in rows_of if len(rows_of[p]) == 1]
+    if len(several) < 12:
+        raise ValueError(f"{len(several)} people have several images; --as homework takes 12 of them or more")
+    several = rng.sample(several, min(320, len(several) // 3))
+    single = rng.sample(single, min(400, len(single) // 3))
+    lines, row_of = {"answers.txt": []}, {}                 # by the name of a list, or of an image's new file
+    label = 0
+    for person in sorted(rows_of.keys() - (several + single)):
+        rows = rows_of[person]
+        for row in rows:
+            split = "dev" if row == rows[-1] and len(rows) >= 4 else "train"
+            listing = lines.setdefault(f"cls_data/{split}/labels.txt", [])
+            name = f"{split}_{len(listing):06d}{Path(files[row]).suffix}"
+            row_of[f"cls_data/{split}/images/{name}"] = row
+            listing.append(f"{name} {label}")
+        label += 1
+
+    def anonymous(row):
+        """The image's name in ver_data, which does not tell who it is."""
+        file = Path(files[row])
+        text = file.name
+        while True:
+            name = hashlib.sha1(os.fsencode(text)).hexdigest()[:8] + file.suffix
+            if row_of.setdefault(f"ver_data/{name}", row) == row:
+                return name
+            text = f"{people[row]}/{text}"                  # another person's image is called the same
+
+    middle, middle_single = len(several) // 2, len(single) // 2
+    halves = {
+        "val_pairs.txt": several[:middle] + single[:middle_single],
+        "test_pairs.txt": several[middle:] + single[middle_single:]}
+    for listing, half in halves.items():
+        lines[listing] = []
+        for (left, right), same in draw_pairs(half, rows_of, rng):
+            line = f"{anonymous(left)} {anonymous(right)}"
+            if listing == "val_pairs.txt":
+                line += f" {same}"
+            else:
+                lines["answers.txt"].append(f"{same}")
+            lines[listing].append(line)
+    for target, row in row_of.items():
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(files[row], root / target)
+    for name, listing in lines.items():
+        write(root / name, "\n".join(listing) + "\n")
+
+
+def prepare(person_of, out, size=112, box=None, landmarks=None, homework=False):
+    """Write the faces of photographs {file: person} to the folder out, new or empty: a folder a person,
+    or the homework's layout. left_out.txt there lists what could not be used. See cut_face(); without
+    box and landmarks the files are copied."""
+    out = Path(os.path.realpath(out))
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out}: there already; name a new folder")
+    draft = out.with_name(f"{out.name}.{os.getpid()}.part")
+    faces, target_of, file_of = draft / "people", {}, {}
+    for file, person in person_of.items():
+        target = faces / person / Path(file).name
+        if box or landmarks is not None:
+            target = target.with_suffix(".jpg")
+        if target in file_of:
+            raise ValueError(f"{file_of[target]} and {file}: both would be {target.name}; rename one")
+        target_of[file], file_of[target] = target, file
+    try:
+        left_out = write_faces(target_of, size, box, landmarks)
+        if len(left_out) == len(person_of):
+            raise ValueError(f"{left_out[0]}; none of {len(left_out)} photographs can be used")
+        if homework:
+            lay_out_homework(faces, draft / "homework")
+            faces = draft / "homework"
+        if left_out:
+            write(faces / "left_out.txt", "\n".join(left_out) + "\n")
+        if out.exists():
+            out.rmdir()
+        faces.rename(out)                                   # at the end: never half a set
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"{out}: {len(person_of) - len(left_out)} faces from {len(person_of)} photographs")
+    if left_out:
+        print(f"{len(left_out)} left out, named in {out}/left_out.txt: {left_out[0]}, ...", file=sys.stderr)
 
 
 # ---- Command line --------------------------------------------------------------------------------------------
@@ -1381,22 +1946,67 @@ def draw_contact_sheet(path, faces, images, rows, augmented):
         x = augment(torch.from_numpy(tiles), {name: long for name, (_, long, _) in AUGMENT.items()})
         tiles = ((x + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
     counts = np.bincount(faces.train.labels)
-    width = math.ceil(counts.max() / 40)                    # at most 41 bars, of whole numbers
-    edges = np.arange(0, counts.max() + width + 1, width)
+    if counts.max() < 100:
+        axes, edges = "wholex", np.arange(counts.max() + 2)
+    else:                                                   # 1, 2 to 3, 4 to 7, ...: few people have very many
+        axes, edges = "logx logy", 2 ** np.arange(int(math.log2(counts.max())) + 2)
     bars = {"": (edges - 0.5, np.histogram(counts, edges)[0], "bars")}
-    chart = plot(None, [("images a person", "images", "people", bars)], 12 * 72, 240)
+    chart = plot(None, [("images a person", "images", "people", bars, axes)], 12 * 72, 240)
     title = f"{faces.root.name}: {len(rows)} training images of {len(faces.names)} people"
     sheet(path, title, [("", 1, [(chart, "", None)]), (heading, 12, [(tile, "", None) for tile in tiles])], 64)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage
     parser.add_argument("--data", default="data", help="the set's folder or one above it [data]")
     parser.add_argument("--holdout", type=float, default=0.1, help="as in train.py [0.1]")
     parser.add_argument("--augment", action="store_true", help="draw the contact sheet as a long run sees the images")
     parser.add_argument("--sheet", default="contact.png", help="where the contact sheet goes [contact.png]")
+    group = parser.add_argument_group("photographs to faces")
+    group.add_argument("--prepare", metavar="OUT", help="write the faces of --data, a folder a person, to a new folder;"
+                       " without --box or --landmarks the images are copied")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--box", metavar="L,T,R,B", help="where the faces are: left, top, right, bottom, in pixels")
+    where.add_argument("--landmarks", metavar="FILE", help="where they are: lines '<person>/<photograph> <numbers>',"
+                       " x and y of left eye, right eye, nose, left and right corner of the mouth, seen in the picture")
+    group.add_argument("--size", type=int, help="side of a face in pixels [112]")
+    group.add_argument("--people", metavar="FILE", help="only these people: LFW's peopleDevTrain.txt or people.txt")
+    group.add_argument("--as", dest="layout", choices=["people", "homework"],
+                       help="a folder a person, or train, dev and pairs drawn for the homework's layout [people]")
     args = parser.parse_args()
+    asked = args.box or args.landmarks or args.size or args.people or args.layout
+    if asked and not args.prepare:
+        parser.error("--box, --landmarks, --size, --people and --as need --prepare OUT")
+    return args
+
+
+def prepare_set(args):
+    """What --prepare and the flags with it ask for."""
+    box, landmarks = None, None
+    root = find_root(args.data)
+    person_of = dict(zip(*read_people(root)))
+    if args.people:
+        names = read_names(args.people, root)
+        person_of = {file: person for file, person in person_of.items() if person in names}
+    if not person_of:
+        raise ValueError(f"{root}: no photographs; --prepare takes one sub-folder of photographs a person")
+    if args.size is not None and not 8 <= args.size <= 1024:
+        raise ValueError(f"--size {args.size}: 8 to 1024 pixels are possible")
+    if args.box:
+        fields = re.fullmatch(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)", args.box)
+        box = fields and tuple(map(int, fields.groups()))
+        if not box or box[2] <= box[0] or box[2] - box[0] != box[3] - box[1]:
+            raise ValueError(f"--box {args.box}: not left,top,right,bottom of a square in pixels")
+    if args.landmarks:
+        landmarks = read_landmarks(args.landmarks, root)
+    prepare(person_of, args.prepare, args.size or 112, box, landmarks, args.layout == "homework")
+
+
+def main():
+    args = parse_args()
+    if args.prepare:
+        return prepare_set(args)
     faces = load(args.data, args.holdout)
     size, cache = native_size(faces.train.files), cache_folder(faces.root)
     print(f"{faces.root}: {faces.note}" if faces.note else faces.root)

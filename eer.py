@@ -12,6 +12,7 @@ the homework (sklearn's roc_curve, interpolated, brentq), solved exactly instead
 shortcuts give other values: the threshold nearest to FAR = FRR, and the mean of FAR and FRR there.
 """
 import csv
+import os
 import sys
 from bisect import bisect
 
@@ -109,15 +110,20 @@ def at_far(labels, scores, far):
 
 def best_threshold(labels, scores):
     """The threshold of highest accuracy: half-way between two neighbouring scores, of several
-    equally good ones in the widest gap, and of those the highest."""
-    far, tar, thresholds = roc(labels, scores)
+    equally good ones in the widest gap, and of those the highest. Where nothing between two scores
+    is as good: the lowest score, which accepts all pairs, or just above the highest, which refuses
+    all."""
+    far, tar, upper = roc(labels, scores)
     prior = np.mean(np.asarray(labels) == 1)                        # the share of genuine pairs
     accuracy = prior * tar + (1 - prior) * (1 - far)
-    upper, lower, accuracy = thresholds[1:-1], thresholds[2:], accuracy[1:-1]       # between neighbouring scores
-    if not len(accuracy):                                           # all scores are equal
-        return float(thresholds[-1])
+    # all thresholds in (lower, upper] are equally good; the two ends count as gaps of width 0
+    upper[0] = np.nextafter(np.asarray(scores).max(), np.inf)
+    lower = np.append(upper[1:], upper[-1])
+    lower[0] = upper[0]
     best = np.flatnonzero(accuracy > accuracy.max() - 1e-12)
     i = best[np.argmax(upper[best] - lower[best])]
+    if upper[i] == lower[i]:                                        # half the number just above 0 is 0
+        return float(upper[i])
     return float(upper[i] / 2 + lower[i] / 2)
 
 
@@ -157,8 +163,9 @@ def report(labels, scores):
     low, high = interval(rate, p, n)
     fars, tars, _ = curve(genuine, impostor)
     accuracy = (tars * p + (1 - fars) * n) / (p + n)
+    area = np.sum(np.diff(fars) * (tars[1:] + tars[:-1]) / 2)       # under the ROC, by trapezia
     result = dict(eer=rate, eer_low=low, eer_high=high, threshold=threshold, far=float(far), frr=float(1 - tar),
-                  auc=float(np.trapezoid(tars, fars)), acc=float(accuracy.max()), genuine=p, impostor=n)
+                  auc=float(area), acc=float(accuracy.max()), genuine=p, impostor=n)
     for name in FARS:
         far = float(name)
         tar = np.interp(far, fars, tars)                            # where the ROC is vertical, its upper end
@@ -197,6 +204,8 @@ def read(path):
     """(labels, scores) from a CSV file with columns label,score; a header may name them, in any
     order."""
     rows, labels, scores = [], [], []
+    if os.path.exists(path) and not os.path.isfile(path):           # reading a pipe may wait for ever
+        raise ValueError(f"{path}: not a regular file; name a CSV file of label,score")
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
             for line, row in enumerate(csv.reader(f), 1):
@@ -244,6 +253,9 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        print(end="", flush=True)
+    except BrokenPipeError:                                         # nobody reads on, as after | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as e:
         text = f"{e.filename}: {e.strerror}; name another" if isinstance(e, OSError) else e
         print("error:", text, file=sys.stderr)

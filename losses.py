@@ -25,10 +25,12 @@ logits by 0.1, and in fp16 a zero vector normalises to NaN. (On GPUs train.py le
 
 Several processes: see "Class weights divided among processes". With one process that section is never used.
 """
+import argparse
 import difflib
 import inspect
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -73,6 +75,14 @@ def psi(t, m1=1.0, m2=0.0, m3=0.0):
     k = torch.floor(a / math.pi)
     sign = 1 - 2 * (k % 2)
     return sign * a.cos() - 2 * k - m3
+
+
+def psi_slope(t, m1=1.0, m2=0.0):
+    """The derivative of psi(t): m1 |sin(m1 theta + m2)| / sin theta. It has no bound at theta = 0 and pi, where
+    sin theta is taken to be 0.001, about what float32 can tell of a cosine near 1."""
+    theta = t.clamp(-1, 1).acos()
+    a = m1 * theta + m2
+    return m1 * a.sin().abs() / theta.sin().clamp_min(1e-3)
 
 
 class Target(NamedTuple):
@@ -174,14 +184,13 @@ class ClassWeights(nn.Module):
 class MarginSoftmax(ClassWeights):
     """Base of the losses with a margin: cross-entropy of s cos_j, where the true class has s psi(t) for s t.
     What is added has no gradient to t, so that the own logit keeps the gradient of the plain cosine (characteristic
-    gradient detachment, SphereFace-R, 2109.05565; the well-known ArcFace code does it as well). The exact gradient,
-    m1 sin(a) / sin(theta), is infinite at theta = 0 and pi, where half of the public implementations give NaN. Above
-    1 it also pulls to the true class harder than it pushes from the others, so that a high learning rate collapses
-    all faces into one direction (README)."""
+    gradient detachment, SphereFace-R, 2109.05565; the well-known ArcFace code does it as well). The exact gradient is
+    infinite at theta = 0 and pi, where half of the public implementations give NaN; exact=true has it, with a bound
+    (psi_slope)."""
 
-    def __init__(self, dim, classes, s, sample=1.0, k=1, m1=1.0, m2=0.0, m3=0.0):
+    def __init__(self, dim, classes, s, sample=1.0, k=1, m1=1.0, m2=0.0, m3=0.0, exact=False):
         super().__init__(dim, classes, sample, k)
-        self.scale, self.margins = s, (m1, m2, m3)
+        self.scale, self.margins, self.exact = s, (m1, m2, m3), exact
         own = psi(torch.zeros(()), m1, m2, m3)
         self.expected = self.expected_loss(s, float(own))
 
@@ -192,6 +201,9 @@ class MarginSoftmax(ClassWeights):
         with torch.no_grad():
             t = target.own_logit(logits) / self.scale                   # the cosine with the true class
         more = self.scale * (psi(t, m1, m2, m3) - t)
+        if self.exact:
+            own = target.own_logit(logits)
+            more = more + (psi_slope(t, m1, m2) - 1) * (own - own.detach())         # 0, with a gradient
         return target.cross_entropy(target.add_(logits, more))
 
 
@@ -199,8 +211,8 @@ class ArcFace(MarginSoftmax):
     """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
     Flat at 15-20 means too high a learning rate, not a bug. m = 0.3 for noisy or small sets."""
 
-    def __init__(self, dim, classes, s=None, m=None, sample=1.0):
-        super().__init__(dim, classes, s, sample, m2=m)
+    def __init__(self, dim, classes, s=None, m=None, exact=False, sample=1.0):
+        super().__init__(dim, classes, s, sample, m2=m, exact=exact)
 
 
 # ---- Softmax and its normalised forms ------------------------------------------------------------------------
@@ -272,12 +284,13 @@ class NormFace(ClassWeights):
         return self.s
 
 
-class COCO(NormFace):
+def coco(dim, classes, s=30.0, centroids=False, sample=1.0):
     """COCO, congenerous cosine: logits s cos_j with a fixed s (Liu et al. 2017, 1710.00870).
-    The centroids of the first version became normalised weights: NormFace with a constant."""
-
-    def __init__(self, dim, classes, s=30.0, sample=1.0):
-        super().__init__(dim, classes, s, False, sample)
+    NormFace with a constant: the centroids of the first version became normalised weights. centroids=true is that
+    first version, a loss on batches (CentroidCOCO)."""
+    if centroids:
+        return CentroidCOCO(s)
+    return NormFace(dim, classes, s, False, sample)
 
 
 class VMF(ClassWeights):
@@ -341,15 +354,29 @@ class AdaCos(ClassWeights):
 
 class LSoftmax(ClassWeights):
     """L-softmax: own logit ||w_y|| ||x|| psi(m theta) (Liu et al. 2016, 1612.02295).
-    The first margin. Does not converge from scratch without the annealing, here that for MNIST's 20,000 steps:
-    own logit norms (lambda t + psi(m theta)) / (1 + lambda), lambda = max(low, base (1 + gamma n)^-power) at step n.
-    n is a buffer, so that a resumed run does not start the annealing again."""
+    The first margin. Does not converge from scratch without annealing: the own logit is
+    norms (lambda t + psi(m theta)) / (1 + lambda), and lambda falls from base to low in the first half of the run.
+    gamma > 0: by steps, whatever the run's length (lambda_at_step); published for MNIST: gamma=2.5e-5,low=0."""
     product = staticmethod(F.linear)
+    published_gamma = 2.5e-5
 
-    def __init__(self, dim, classes, m=4, base=1000.0, gamma=2.5e-5, power=35.0, low=0.0):
+    def __init__(self, dim, classes, m=4, base=1000.0, low=5.0, gamma=0.0, power=35.0):
         super().__init__(dim, classes)
-        self.m, self.base, self.gamma, self.power, self.low = m, base, gamma, power, low
+        self.m, self.base, self.low, self.gamma, self.power = m, base, low, gamma, power
+        # A buffer, so that a resumed run does not start the annealing again.
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.run_length = None          # in steps, by Loss.set_run_length()
+
+    def lambda_at_step(self, n):
+        """1 + lambda falls by equal factors until half of the run is done: the margin's part in the logit, of
+        which it is the inverse, rises so. By steps: max(low, base (1 + gamma n)^-power), as published."""
+        if self.run_length and not self.gamma:
+            done = (2 * n / self.run_length).clamp_max(1)
+            lam = (1 + self.base) ** (1 - done) * (1 + self.low) ** done - 1
+        else:
+            gamma = self.gamma or self.published_gamma
+            lam = self.base * (1 + gamma * n) ** -self.power
+        return lam.clamp_min(self.low)
 
     def norms(self, x, target):
         own = target.weight_rows(self.weight)
@@ -357,9 +384,7 @@ class LSoftmax(ClassWeights):
 
     def forward(self, x, y):
         self.step += self.training      # evaluation does not count
-        n = self.step.to(x.dtype)
-        lam = self.base * (1 + self.gamma * n) ** -self.power
-        lam = lam.clamp_min(self.low)
+        lam = self.lambda_at_step(self.step.to(x.dtype))
         logits, target = self.compare(x, y)
         norms = self.norms(x, target).clamp_min(1e-6)[:, None]
         with torch.no_grad():
@@ -370,11 +395,13 @@ class LSoftmax(ClassWeights):
 
 class ASoftmax(LSoftmax):
     """A-softmax, SphereFace as published: own logit ||x|| psi(m theta), unit weights.
-    Liu et al. 2017, 1704.08063. The annealing ends at lambda = 5, a sixth of the margin. sphereface needs none."""
+    Liu et al. 2017, 1704.08063. The annealing ends at lambda = 5, a sixth of the margin; low=0 is all of it. Published:
+    gamma=0.12. sphereface needs none."""
     product = Cosines.apply
+    published_gamma = 0.12
 
-    def __init__(self, dim, classes, m=4, base=1000.0, gamma=0.12, power=1.0, low=5.0):
-        super().__init__(dim, classes, m, base, gamma, power, low)
+    def __init__(self, dim, classes, m=4, base=1000.0, low=5.0, gamma=0.0, power=1.0):
+        super().__init__(dim, classes, m, base, low, gamma, power)
 
     def norms(self, x, target):
         return x.norm(dim=1)
@@ -384,23 +411,23 @@ class SphereFace(MarginSoftmax):
     """SphereFace on the unit sphere: own logit s psi(m theta) (SphereFace-R, Liu et al. 2021, 2109.05565).
     Without psi, as in some code, the logit rises again beyond pi/m = 106 degrees."""
 
-    def __init__(self, dim, classes, s=30.0, m=1.7, sample=1.0):
-        super().__init__(dim, classes, s, sample, m1=m)
+    def __init__(self, dim, classes, s=30.0, m=1.7, exact=False, sample=1.0):
+        super().__init__(dim, classes, s, sample, m1=m, exact=exact)
 
 
 class AMSoftmax(MarginSoftmax):
     """AM-softmax: own logit s (cos theta - m) (Wang et al. 2018, 1801.05599)."""
 
-    def __init__(self, dim, classes, s=30.0, m=0.35, sample=1.0):
-        super().__init__(dim, classes, s, sample, m3=m)
+    def __init__(self, dim, classes, s=30.0, m=0.35, exact=False, sample=1.0):
+        super().__init__(dim, classes, s, sample, m3=m, exact=exact)
 
 
 class CosFace(MarginSoftmax):
     """CosFace: own logit s (cos theta - m) (Wang et al. 2018, 1801.09414); am with s and m by the set.
     The margin with the fewest troubles: its gradient does not depend on the angle."""
 
-    def __init__(self, dim, classes, s=None, m=None, sample=1.0):
-        super().__init__(dim, classes, s, sample, m3=m)
+    def __init__(self, dim, classes, s=None, m=None, exact=False, sample=1.0):
+        super().__init__(dim, classes, s, sample, m3=m, exact=exact)
 
 
 class Combined(MarginSoftmax):
@@ -408,8 +435,8 @@ class Combined(MarginSoftmax):
     m1 multiplies, m2 adds to the angle, m3 to the cosine. (The course write-up prints cos(theta + m1) + m2; a plus
     there would make the task easier.)"""
 
-    def __init__(self, dim, classes, s=None, m1=1.0, m2=0.3, m3=0.2, sample=1.0):
-        super().__init__(dim, classes, s, sample, 1, m1, m2, m3)
+    def __init__(self, dim, classes, s=None, m1=1.0, m2=0.3, m3=0.2, exact=False, sample=1.0):
+        super().__init__(dim, classes, s, sample, 1, m1, m2, m3, exact)
 
 
 class Curricular(ClassWeights):
@@ -487,6 +514,8 @@ class MagFace(MarginSoftmax):
     def __init__(self, dim, classes, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0,
                  sample=1.0):
         super().__init__(dim, classes, s, sample)
+        if low == 0:
+            raise ValueError("low=0: 1/a has no bound")
         self.low, self.high, self.m_low, self.lam = low, high, m_low, lam
         self.rise = (m_high - m_low) / (high - low)                     # of the margin, per unit of norm
         self.expected = None
@@ -706,25 +735,52 @@ class Siamese(nn.Module):
         return genuine + impostor
 
 
-def mine_triplets(q, y, mining):
-    """(gap, counts): q_an - q_ap of triplets of anchor, positive, negative, and which of them count. q (B, B) is higher
-    for closer pairs. all: every triplet. hard: the farthest positive and the closest negative of each anchor.
-    semihard: for each genuine pair the closest negative that is farther than the positive, or, if there is none, the
-    farthest negative of all. all and semihard take memory for B^3 numbers."""
+def mean_of_triplets(cost, q, y, mining, costly_only=False):
+    """Mean of cost(q_an - q_ap) over triplets of anchor, positive, negative. q (B, B) is higher for closer pairs.
+    hard: the farthest positive and the closest negative of each anchor. semihard: for each genuine pair the closest
+    negative that is farther than the positive or, if there is none, the farthest negative of all. all: every triplet;
+    costly_only: of these the ones that cost something. All take memory for a few B^2 numbers."""
     same, other = same_and_other(y)
+    if mining == "all":
+        total, costly = SumOfTriplets.apply(cost, q, same, other)
+        number = costly if costly_only else (same.sum(1) * other.sum(1)).sum()
+        return total / number.clamp_min(1)
+    # 1e4 and -1e4 are outside of any q, and finite in a gradient
     if mining == "hard":
-        # 1e4 and -1e4 are outside of any q, and finite in a gradient
         closest = q.masked_fill(~other, -1e4).amax(1)
         farthest = q.masked_fill(~same, 1e4).amin(1)
-        return closest - farthest, same.any(1) & other.any(1)
-    gap = q[:, None, :] - q[:, :, None]                                 # (a, p, n)
-    valid = same[:, :, None] & other[:, None, :]
-    if mining == "all":
-        return gap, valid
-    farther = valid & (gap < 0)
-    beyond = gap.masked_fill(~farther, -1e4).amax(2)
-    easiest = gap.masked_fill(~valid, 1e4).amin(2)
-    return torch.where(beyond > -1e4, beyond, easiest), valid.any(2)
+        return mean_where(cost(closest - farthest), same.any(1) & other.any(1))
+    negatives = q.masked_fill(~other, 1e4).sort(1)[0]                   # of each anchor, the farthest first
+    rank = torch.searchsorted(negatives.detach(), q.detach())           # how many are farther than this pair
+    chosen = negatives.gather(1, (rank - 1).clamp_min(0))
+    return mean_where(cost(chosen - q), same & other.any(1, keepdim=True))
+
+
+class SumOfTriplets(torch.autograd.Function):
+    """(sum of cost(q_an - q_ap), number of those above 0) over all triplets: B genuine pairs at a time, each with all
+    negatives of its anchor. The gradient is found along the way, so that nothing of a pair must be kept. nonzero()
+    makes the CPU wait for a GPU, once a step; the other losses never do."""
+
+    @staticmethod
+    def forward(ctx, cost, q, same, other):
+        total, costly, grad = q.new_zeros(()), 0, torch.zeros_like(q)
+        anchors, positives = same.nonzero(as_tuple=True)
+        for anchor, positive in zip(anchors.split(len(q)), positives.split(len(q))):
+            with torch.enable_grad():
+                q_here = q.detach().requires_grad_()
+                gap = q_here[anchor] - q_here[anchor, positive][:, None]            # (pairs, B)
+                costs = cost(gap).where(other[anchor], 0)
+                part = costs.sum()
+            total += part.detach()
+            costly = costly + (costs > 0).sum()
+            grad += torch.autograd.grad(part, q_here)[0]
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(costly)
+        return total, costly
+
+    @staticmethod
+    def backward(ctx, grad_of_total, _):
+        return None, grad_of_total * ctx.saved_tensors[0], None, None
 
 
 class Triplet(nn.Module):
@@ -736,12 +792,12 @@ class Triplet(nn.Module):
         super().__init__()
         self.m, self.mining = m, mining
 
+    def cost(self, gap):
+        return (gap + self.m).relu()
+
     def forward(self, x, y):
-        gap, counts = mine_triplets(2 * cosines(x) - 2, y, self.mining)
-        value = (gap + self.m).relu()
-        if self.mining == "all":
-            counts = counts & (value > 0)
-        return mean_where(value, counts)
+        q = 2 * cosines(x) - 2          # -d^2
+        return mean_of_triplets(self.cost, q, y, self.mining, costly_only=True)
 
 
 class Hinge(nn.Module):
@@ -751,9 +807,11 @@ class Hinge(nn.Module):
         super().__init__()
         self.m, self.mining = m, mining
 
+    def cost(self, gap):
+        return (gap + self.m).relu()
+
     def forward(self, x, y):
-        gap, counts = mine_triplets(cosines(x), y, self.mining)
-        return mean_where((gap + self.m).relu(), counts)
+        return mean_of_triplets(self.cost, cosines(x), y, self.mining)
 
 
 class TSE(nn.Module):
@@ -774,8 +832,7 @@ class TSE(nn.Module):
 
     def forward(self, x, y):
         z = self.project(x)
-        gap, counts = mine_triplets(z @ z.T, y, self.mining)
-        return mean_where(self.cost(gap), counts)
+        return mean_of_triplets(self.cost, z @ z.T, y, self.mining)
 
 
 class TPE(TSE):
@@ -901,6 +958,23 @@ class Circle(nn.Module):
         positive = -self.gamma * weight * (s - (1 - m))
         total = lse_where(negative, other) + lse_where(positive, same)
         return mean_where(F.softplus(total), same.any(1) & other.any(1))
+
+
+class CentroidCOCO(nn.Module):
+    """COCO as first published: softmax over the people of the batch, logits s cos(x, c_k), c_k their centroids.
+    Liu et al. 2017, 1702.06890. It has no class weights; gradients reach an image through its centroid as well."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.s = s
+
+    def forward(self, x, y):
+        same = y[:, None] == y
+        centroids = unit(same.to(x.dtype) @ x)                          # of each image's person; the sum will do
+        logits = self.s * unit(x) @ centroids.T
+        # One column a person, that of the first image.
+        repeated = same.tril(-1).any(1)
+        return F.cross_entropy(logits.masked_fill(repeated, -math.inf), same.int().argmax(1))
 
 
 # ---- Terms to add to another loss ----------------------------------------------------------------------------
@@ -1177,13 +1251,16 @@ BALANCED = {
     "range": Range,
 }
 
-# In the order of --loss help and of README.md.
+# They shape an embedding that another loss makes.
+ADDITIONS = Center, Ring, Range
+
+# In the order of --loss help and of docs/losses.md.
 LOSSES = {
     "ce": CrossEntropy,
     "modified": Modified,
     "l2softmax": L2Softmax,
     "normface": NormFace,
-    "coco": COCO,
+    "coco": coco,
     "vmf": VMF,
     "adacos": AdaCos,
     "lsoftmax": LSoftmax,
@@ -1256,13 +1333,16 @@ class Loss(nn.Module):
     weight (C, D) and logits(x) -> (B, C), margin-free: those of the first term with class weights, or None; where
     classes are divided, of the classes held here. top(x, k) -> (B, k): the numbers of the k best of all classes.
     project(x): the embedding to use at inference. score(a, b): a learned similarity, or None.
+    first_parts: [(text, weighted value)] of the terms at the first call, to see whether one outweighs the others.
     rows_per_class: {name in state_dict: k} of the parameters that have k rows a class and are divided by shard."""
 
     def __init__(self, terms):
         super().__init__()
-        self.factors, modules, texts = zip(*terms)
-        self.spec, self.terms = "+".join(texts), nn.ModuleList(modules)
-        self.balanced = any(type(term) in BALANCED.values() for term in modules)
+        self.factors, modules, self.texts = zip(*terms)
+        self.spec, self.terms = "+".join(self.texts), nn.ModuleList(modules)
+        self.first_parts = None
+        on_pairs = (CentroidCOCO, *BALANCED.values())
+        self.balanced = any(isinstance(term, on_pairs) for term in modules)
         # In plain lists: an attribute that is a module would be registered and saved a second time.
         self.heads = [term for term in modules if isinstance(term, ClassWeights)]
         self.metrics = [term for term in modules if hasattr(term, "score")]
@@ -1320,13 +1400,40 @@ class Loss(nn.Module):
         each = [getattr(term, "expected", None) for term in self.terms]
         return None if None in each else sum(f * e for f, e in zip(self.factors, each))
 
+    def set_run_length(self, steps):
+        """Tell the terms how many steps the run has in all; call it before the first step, also when resuming."""
+        for term in self.terms:
+            term.run_length = steps
+
+    def rate_of_parameters(self):
+        """{name in state_dict: factor on the run's learning rate} of the terms that want a rate of their own."""
+        rates = {}
+        for i, term in enumerate(self.terms):
+            if hasattr(term, "own_rate"):
+                rates |= {f"terms.{i}.{name}": term.own_rate for name, _ in term.named_parameters()}
+        return rates
+
+    def notes(self):
+        """Lines of advice about what can be computed and is hardly meant."""
+        lines = []
+        for term in self.terms:
+            lines += term.advice
+        if all(isinstance(term, ADDITIONS) for term in self.terms):
+            lines.append(f"{self.spec} makes no embedding by itself; add it to another loss, see the recipes in"
+                         " --loss help")
+        return lines
+
     def forward(self, x, y):
-        total = 0
+        total, parts = 0, []
         with torch.autocast(x.device.type, enabled=False):
-            for factor, term in zip(self.factors, self.terms):
+            for factor, term, text in zip(self.factors, self.terms, self.texts):
                 # Each term converts x for itself, so gradients of several terms add up in the backbone's type.
                 x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-                total = total + factor * term(x32, y)
+                part = factor * term(x32, y)
+                total = total + part
+                parts.append((text, part.detach()))
+        if self.first_parts is None:
+            self.first_parts = parts
         return total
 
 
@@ -1343,12 +1450,15 @@ def nearest(what, name, known):
 
 
 CHOICES = {"mining": ["all", "hard", "semihard"], "kind": ["arc", "cos"]}
-POSITIVE = {"s", "tau", "gamma", "k", "r", "t", "power", "low", "high", "sample"}      # where 0 makes no sense
+POSITIVE = {"s", "tau", "gamma", "k", "r", "t", "power", "high", "sample"}      # where 0 makes no sense
 AT_MOST_1 = {"sample", "smooth", "momentum"}
+ANGLES = {"m2", "m_low", "m_high"}      # and m of these losses:
+ANGULAR = {"arcface", "curricular", "subcenter", "elastic", "groupface"}
 
 
-def parse_value(key, text, default):
-    """The value of key=text, of the default's type. ValueError for one that cannot be meant."""
+def parse_value(key, text, default, most=100):
+    """The value of key=text, of the default's type; integers are at most `most`. ValueError for one that cannot be
+    meant."""
     kind = float if default is None else type(default)
     words = CHOICES.get(key, [kind.__name__])
     try:
@@ -1364,15 +1474,18 @@ def parse_value(key, text, default):
         wanted = "finite and positive"
     if key in AT_MOST_1:
         highest, wanted = 1, "in 0..1"
+    if kind is int:
+        highest, wanted = most, f"{wanted}, at most {most}"
     wrong_zero = value == 0 and key in POSITIVE and default != 0
     if wrong_zero or value == math.inf or not 0 <= value <= highest:
         raise ValueError(f"{key}={text}: must be {wanted}")
     return value
 
 
-def parse_arguments(name, text):
+def parse_arguments(name, text, dim):
     """{argument: value} of "key=value,key=value" for the loss of this name."""
     known, given = arguments_of(LOSSES[name]), {}
+    most = dim if name in ("tse", "tpe") else 100                       # k is a dimension there
     for pair in filter(None, text.split(",")):
         key, equals, value = pair.partition("=")
         if not known:
@@ -1381,8 +1494,22 @@ def parse_arguments(name, text):
             raise ValueError(f"{name}: {nearest('argument', key, list(known))}")
         if key in given:
             raise ValueError(f"{name}: {key} is given twice")
-        given[key] = parse_value(key, value, known[key])
+        given[key] = parse_value(key, value, known[key], most)
     return given
+
+
+def advice_about(name, arguments):
+    """Lines about margins beyond what an angle or a cosine can be, which are hardly meant."""
+    lines = []
+    for key, value in arguments.items():
+        is_angle = key in ANGLES or (key == "m" and name in ANGULAR)
+        is_cosine = key == "m3" or (key == "m" and name in ("am", "cosface", "uniface"))
+        if is_angle and value > math.pi / 2:
+            lines.append(f"{name}: {key}={value:g} is more than a right angle; {key} is in radians, 0.5 is 28.6"
+                         " degrees")
+        if is_cosine and value > 1:
+            lines.append(f"{name}: {key}={value:g} is taken from a cosine, which is at most 1; 0.35 is usual")
+    return lines
 
 
 def format_spec(name, arguments):
@@ -1402,7 +1529,7 @@ def parse_term(part, dim, classes, images):
         raise ValueError(f"'{name}' stands for '{alias}'; write that to change its weights or arguments")
     if name not in LOSSES:
         raise ValueError(nearest("loss", name, [*LOSSES, *ALIASES]))
-    cls, given = LOSSES[name], parse_arguments(name, text)
+    cls, given = LOSSES[name], parse_arguments(name, text, dim)
     values = default_scale_and_margin(cls, classes, images)
     arguments = {key: values[key] for key, default in arguments_of(cls).items() if default is None}
     arguments |= given
@@ -1417,6 +1544,7 @@ def parse_term(part, dim, classes, images):
         raise ValueError(f"{part}: no loss can be made of these numbers") from None
     if not 0 <= factor < math.inf:
         raise ValueError(f"{part}: the weight must be finite and 0 or more")
+    module.advice = advice_about(name, arguments)
     prefix = f"{weight}*" if weight else ""
     return factor, module, prefix + format_spec(name, arguments)
 
@@ -1448,3 +1576,99 @@ def table():
     lines += [f"  {name:<20} = {expression}" for name, expression in ALIASES.items()]
     lines.append("facenet wants --dim 128; tse and tpe want --init CKPT --freeze")
     return "\n".join(lines)
+
+
+# ---- Figures: python losses.py FOLDER ------------------------------------------------------------------------
+
+MARGIN_CURVES = {                       # m1, m2, m3 of psi
+    "no margin": (1, 0, 0),
+    "A-softmax, m = 4": (4, 0, 0),
+    "SphereFace, 1.7": (1.7, 0, 0),
+    "ArcFace, 0.5": (1, 0.5, 0),
+    "CosFace, 0.35": (1, 0, 0.35),
+    "combined, 1, 0.3, 0.2": (1, 0.3, 0.2),
+    "AdaFace, poor image": (1, 0.4, 0),
+    "AdaFace, good image": (1, -0.4, 0.8),
+}
+
+
+def margins_panel():
+    """The own logit over the angle, divided by the scale, down to -3."""
+    angle, series = torch.linspace(0, math.pi, 361), {}
+    for name, margins in MARGIN_CURVES.items():
+        logit = psi(angle.cos(), *margins)
+        shown = logit >= -3
+        series[name] = angle.rad2deg()[shown].tolist(), logit[shown].tolist()
+    return "Margins", "angle to the own class, degrees", "own logit / s", series
+
+
+def gradients_panel():
+    """How strongly the own logit pulls at the cosine: exact, and detached as by default."""
+    angle, series = torch.linspace(0, math.pi, 721)[1:-1], {}
+    series["detached, all margins"] = angle.rad2deg().tolist(), [1.0] * len(angle)
+    for name in ("SphereFace, 1.7", "ArcFace, 0.5", "combined, 1, 0.3, 0.2"):
+        m1, m2, _ = MARGIN_CURVES[name]
+        slope = psi_slope(angle.cos(), m1, m2)
+        shown = slope <= 5
+        series[name + ", exact"] = angle.rad2deg()[shown].tolist(), slope[shown].tolist()
+    return "Gradient of the own logit", "angle to the own class, degrees", "d logit / d cosine, / s", series
+
+
+def boundary_angle(between, m1, m2, m3):
+    """The largest angle to class 1 at which its logit, with the margin, exceeds that of class 2, whose weights are
+    `between` away."""
+    angle = torch.linspace(0, between, 10_001)
+    wins = psi(angle.cos(), m1, m2, m3) > (between - angle).cos()
+    return float(angle[wins][-1])
+
+
+def ray(angle, length=1.0):
+    """From 0 in the direction angle, for data.plot."""
+    return [0, length * math.cos(angle)], [0, length * math.sin(angle)]
+
+
+def boundary_panels():
+    """The plane with the weights of two classes and where each class begins. A margin leaves a gap between them."""
+    first, second = math.radians(145), math.radians(45)                 # where the weights point
+    # Softmax: w1.x + b1 = w2.x + b2 with ||w1|| = 0.6, ||w2|| = 1, b2 - b1 = 0.1; a line that misses the origin.
+    x = 0.6 * math.cos(first) - math.cos(second)
+    y = 0.6 * math.sin(first) - math.sin(second)
+    normal = torch.tensor([x, y])
+    foot = 0.1 * normal / normal.square().sum()
+    along = torch.stack([normal[1], -normal[0]]) / normal.norm()        # upwards
+    line = torch.stack([foot - 0.3 * along, foot + along])
+    series = {
+        "weights of class 1": (*ray(first, 0.6), "line", 0),
+        "weights of class 2": (*ray(second), "line", 1),
+        "boundary": (*line.T.tolist(), "line", 8),
+    }
+    panels = [("Softmax", "", "", series, "equal")]
+    for name in ("no margin", "A-softmax, m = 4", "ArcFace, 0.5", "CosFace, 0.35"):
+        angle = boundary_angle(first - second, *MARGIN_CURVES[name])
+        series = {
+            "_weights of class 1": (*ray(first), "line", 0),
+            "_weights of class 2": (*ray(second), "line", 1),
+            "class 1 begins": (*ray(first - angle), "line", 2),
+            "class 2 begins": (*ray(second + angle), "line", 3),
+        }
+        title = name.replace("no margin", "Modified softmax")
+        panels.append((title, "", "", series, "equal"))
+    return panels
+
+
+def main():
+    import data                         # only here: a loss needs no images
+
+    parser = argparse.ArgumentParser(description="Draw the margins, boundaries and gradients of the losses.")
+    parser.add_argument("folder", type=Path, help="where margins.png, boundaries.png and gradients.png go")
+    parser.error = data.usage
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    data.plot(folder / "margins.png", [margins_panel()], 640, 420)
+    data.plot(folder / "boundaries.png", boundary_panels(), 300, 300)
+    data.plot(folder / "gradients.png", [gradients_panel()], 640, 420)
+
+
+if __name__ == "__main__":
+    from data import cli
+    cli(main)

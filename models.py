@@ -36,6 +36,7 @@ class FaceNet(nn.Module):
     """Trunk and neck: images (B, 3, H, H) -> embeddings (B, dim). Images below smallest pixels are enlarged."""
 
     folded = False                                          # fold() sets it on its copy, and so works once
+    size = None                                             # side of the images it was made for, set by make()
 
     def __init__(self, trunk, neck, smallest=1):
         super().__init__()
@@ -586,7 +587,9 @@ def make(arch, dim=512, size=112):
         raise ValueError(f"image size {size} is outside 32..256")
     if dim < 1:
         raise ValueError(f"embedding dimension {dim} is below 1")
-    return ARCHS[arch][0](dim=dim, size=size)
+    model = ARCHS[arch][0](dim=dim, size=size)
+    model.size = size
+    return model
 
 
 def macs(model, size=112):

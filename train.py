@@ -5,20 +5,23 @@
     python train.py --data HW2p2_S25 --init best.pt --loss arcface      # go on under another loss
     python train.py --resume --out runs/arcface_resnet34        # go on after an interruption
     python train.py --loss help; python train.py --arch help    # what there is
-    torchrun --nproc_per_node 8 train.py --loss arcface --shard         # eight processes do what one does
+    torchrun --nproc_per_node 8 train.py --loss arcface --shard         # eight GPUs, the result of one
 
 Writes OUT/best.pt (lowest validation EER), OUT/last.pt, OUT/log.csv, OUT/curves.png and links best.pt here.
 
 Everything random is a function of (seed, epoch) or (seed, step): the order of the images, their augmentation,
-dropout, margins that are drawn. Nothing random is stored, and a resumed run equals an uninterrupted one.
+dropout, random margins. Nothing random is stored, and a resumed run equals an uninterrupted one: bit for bit on a CPU,
+on GPUs as nearly as their atomic additions allow, and with the same --amp.
 
-The file in reading order: arguments; the run (what it trains, what is saved and loaded); the loop (train_step,
-train_one_epoch, finish_epoch); data; the run's folder; several processes, which nobody with one GPU needs; main.
+In reading order: arguments; the run; the loop; data; the run's folder; several processes, which nobody with one GPU
+needs; main. To change the schedule of the learning rate see lr_factor(), what is saved Run.state(), one step
+train_step(), how batches are drawn data.epoch_batches(), default margins losses.default_scale_and_margin().
 """
 import argparse
 import contextlib
 import copy
 import io
+import json
 import math
 import os
 import re
@@ -26,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +43,9 @@ import losses
 import models
 import verify
 
-MAY_CHANGE = {"epochs", "steps", "out", "resume", "save_every", "data", "device", "shard"}      # when resuming
-LONG_RUN_EPOCHS = 16                    # from which on the augmentation is stronger
+MAY_CHANGE = {"epochs", "steps", "out", "resume", "save_every", "data", "device", "shard", "amp"}   # when resuming
+LONG_RUN_EPOCHS = 16                    # runs at least this long use stronger augmentation
+SHOWN_OF_DEV = 10_000                   # images of dev, about, that the accuracy after an epoch is measured on
 SMALL_SET = 50_000                      # images; fewer want smaller steps and much more weight decay
 COLUMNS = dict(epoch="{:.0f}", step="{:.0f}", loss="{:.3f}", lr="{:.2e}", acc="{:.2%}", eer="{:.2%}", auc="{:.2%}",
                pair_acc="{:.2%}", img_per_s="{:.0f}", seconds="{:.0f}")
@@ -79,8 +84,8 @@ def parser_of_arguments():
                    " 'arcface:s=30,m=0.3'; 'help' lists them [arcface]")
     g.add_argument("--shard", action="store_true", help="divide the loss's class weights among torchrun's processes,"
                    " for very many people")
-    g.add_argument("--init", metavar="CKPT", help="start from the backbone of this checkpoint, whoever its"
-                   " people were")
+    g.add_argument("--init", metavar="CKPT", help="start from the backbone of this checkpoint, even if it was"
+                   " trained on other people")
     g.add_argument("--freeze", action="store_true", help="with --init: train only the loss's weights and layers that"
                    " the checkpoint lacks")
 
@@ -139,17 +144,36 @@ def parse_args():
 
 
 def check_arguments(args):
-    """Mistakes are told before minutes of work."""
-    losses.make(args.loss, args.dim, 2)
+    """Report wrong arguments before slow work starts."""
+    criterion = losses.make(args.loss, args.dim, 2)
+    if criterion.balanced and args.batch_size is not None and args.batch_size < 2 * args.per_person:
+        raise ValueError(f"--batch-size {args.batch_size}: {args.loss} needs two people with --per-person"
+                         f" {args.per_person} images in a batch; give at least {2 * args.per_person}")
     if args.arch not in models.ARCHS:
         models.make(args.arch)
     if args.freeze and not args.init:
         raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
     if args.init:
+        args.init = os.path.abspath(args.init)                  # paths in a checkpoint are absolute
         verify.load(args.init)
-    if args.out and Path(args.out, "last.pt").exists():
-        raise ValueError(f"{args.out} holds a run already; --resume it, or give another --out")
+    if args.out:
+        check_out(Path(args.out), Path(args.data))
     check_compiler(args)
+
+
+def check_out(out, faces):
+    """ValueError if the run cannot write to out, or would add to the images of the set."""
+    if (out / "last.pt").exists():
+        raise ValueError(f"{out} holds a run already; --resume it, or give another --out")
+    nearest = out
+    while not nearest.exists():
+        nearest = nearest.absolute().parent
+    if not nearest.is_dir():
+        raise ValueError(f"{out}: {nearest} is a file, not a folder; give another --out")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"{out}: {nearest} is read-only; give another --out")
+    if faces.exists() and Path(os.path.realpath(faces)) in Path(os.path.realpath(out)).parents:
+        raise ValueError(f"--out {out} lies inside --data {faces}, whose folders are people; give another --out")
 
 
 def check_compiler(args):
@@ -165,10 +189,13 @@ def resumed_arguments(parser, args):
     if os.environ.get("RANK", "0") == "0" and Path(out).is_dir():
         run_lock = data.lock(out)
     ckpt = verify.load(Path(out) / "last.pt")
+    verify.check_resumable(ckpt, Path(out) / "last.pt")
     kept = {k: v for k, v in ckpt["args"].items() if k not in ("out", "resume", "device", "steps")}
     parser.set_defaults(**kept)
     args = parser.parse_args()
     args.out = out
+    if args.init != ckpt["args"]["init"]:
+        args.init = os.path.abspath(args.init)                  # as parse_args() does
     if args.amp == "auto":
         args.amp = ckpt["args"]["amp"]
     differing = []
@@ -182,7 +209,7 @@ def resumed_arguments(parser, args):
 
 
 def precision(device):
-    """What the hardware is quick at: bf16 on Ampere and later and CPUs with AVX512-BF16 or AMX, fp16 on older GPUs."""
+    """The fastest precision that the hardware supports: bf16 on Ampere and later and CPUs with AVX512-BF16 or AMX, fp16 on older GPUs."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     cpu_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -194,7 +221,7 @@ def precision(device):
 def build_modules(args, classes, images, device, processes, ckpt):
     """(backbone, loss) for so many classes and training images; ckpt is the checkpoint to go on from, or None."""
     torch.manual_seed(args.seed)
-    net = models.make(args.arch, args.dim, args.size).to(device, memory_format=torch.channels_last)
+    net = models.make(args.arch, args.dim, args.size).to(device, memory_format=data.memory_format(device))
     shard = (processes.rank, processes.world_size) if args.shard else (0, 1)
     if classes < shard[1]:
         raise ValueError(f"--shard: {classes} people cannot be divided among {shard[1]} processes; leave it out")
@@ -229,22 +256,30 @@ def start_from(net, path, arch, freeze):
 
 def make_optimizer(args, params):
     """AdamW or SGD; matrices and kernels decay, norms, biases and learned scalars do not."""
-    matrices = [p for p in params if p.squeeze().ndim > 1]
+    matrices = [p for p in params if p.squeeze().ndim > 1]       # squeezed: (1, C) counts as a vector
     others = [p for p in params if p.squeeze().ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if args.opt == "sgd":
-        return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
+        opt = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
+        for p in params:                                        # else a first step that fp16 skips leaves them unfilled,
+            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)       # and the fused kernel reads them at the next
+        return opt
     return torch.optim.AdamW(groups, args.lr, fused=True)
 
 
 class Run:
-    """A run of train.py: what it trains (net, criterion), with what (opt, scaler, ema_net) and how far it has come
-    (step, best, log, epoch_stats). faces is the data set, train its ImageSet. What save_last() writes, load() reads."""
+    """A run of train.py. faces is the data set (data.FaceSet), train its training images (data.ImageSet).
+
+    What it trains: net, criterion. With what: opt, scaler, ema_net. How far it has come: step (steps done), best (the
+    lowest EER), log (a row for each whole epoch), epoch_stats. What save_last() writes, load() reads."""
 
     def __init__(self, args, net, criterion, faces, train, device, processes):
         self.args, self.faces, self.train, self.device, self.processes = args, faces, train, device, processes
         self.net, self.criterion = net, criterion
-        self.ema_net = copy.deepcopy(net).requires_grad_(False) if args.ema else None
+        self.ema_net, self.averaged = None, None
+        if args.ema:
+            self.ema_net = copy.deepcopy(net).requires_grad_(False)
+            self.averaged = split_by_kind(self.ema_net), split_by_kind(net)
         self.trainable = [p for p in [*net.parameters(), *criterion.parameters()] if p.requires_grad]
         if not self.trainable:
             raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
@@ -259,9 +294,11 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
         self.per_person = min(args.per_person, len(train.rows)) if criterion.balanced else 0
+        # The shape is that of every epoch; batch_size may be less than args.batch_size in a tiny set.
         self.steps_per_epoch, self.batch_size = self.batches_of_epoch(0).shape
         self.total_steps = args.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, args.steps or self.total_steps)
+        criterion.set_run_length(self.total_steps)
         self.local_rows = rows_of_process(self.batch_size, processes)
         self.labels = torch.from_numpy(train.labels).to(device)
         self.strength = {name: getattr(args, name) for name in data.AUGMENT}
@@ -272,11 +309,16 @@ class Run:
             self.ddp_net = torch.compile(self.ddp_net)
             self.augment_kernel = torch.compile(data.augment_kernel, dynamic=False)
 
-        self.step, self.best, self.log = 0, math.inf, []        # steps done, lowest EER, a row for each whole epoch
+        self.step, self.best, self.log = 0, math.inf, []
+        self.seen_before = 0                                    # images that --init's checkpoint had seen
+        self.data_digest = data.set_digest(faces)
         self.epoch_stats = torch.zeros(3, device=device)        # of this epoch: sum of losses, steps, first bad step
         self.epoch_began = self.saved_at = time.monotonic()
         self.stopping = False                                   # Ctrl-C or SIGTERM came
+        self.writer = ThreadPoolExecutor(1)
+        self.writing = self.writer.submit(int)                  # what is being written, see save(): nothing yet
         self.best_is_copied = False                             # see link_best()
+        self.busy_noted = False                                 # see note_busy_machine()
 
     @property
     def out(self):
@@ -298,32 +340,46 @@ class Run:
     # What is saved. best.pt holds what verify.py needs, last.pt what resuming needs as well.
 
     def state(self, opt_state):
-        """What both checkpoints hold; the loss's state and the optimizer's with the class rows of all processes."""
+        """(what both checkpoints hold, opt_state), with the class rows of all processes where --shard divides them.
+        To save more, add it here and read it in load(): tensors, numbers, strings, lists and dictionaries of them."""
         loss_state, opt_state = map_class_rows(losses.gather_class_rows, self, self.criterion.state_dict(), opt_state)
         frozen = [name for name, p in self.net.named_parameters() if not p.requires_grad]
         ema = self.ema_net.state_dict() if self.ema_net is not None else None
         ckpt = {"face_checkpoint": verify.VERSION, "args": vars(self.args), "names": self.faces.names,
                 "images": len(self.train.rows), "spec": self.criterion.spec, "frozen": frozen,
-                "model": self.net.state_dict(), "ema": ema, "loss": loss_state, "step": self.step, "best": self.best}
+                "model": self.net.state_dict(), "ema": ema, "loss": loss_state, "step": self.step, "best": self.best,
+                "seen": self.seen_before + self.step * self.batch_size, "data_digest": self.data_digest}
         return ckpt, opt_state
 
     def save_best(self, validation):
         """Write OUT/best.pt. validation: the Scores of the validation pairs, or None."""
-        ckpt, _ = self.state({"state": {}})
+        ckpt, _ = self.state({"state": {}})                     # without the optimizer's
         ckpt["val"] = None
         if validation is not None:
             ckpt["val"] = {"labels": torch.from_numpy(validation.labels), "scores": torch.from_numpy(validation.scores),
                            "mark": validation.digest}
-        save(self.out / "best.pt", ckpt)
+        self.save("best.pt", ckpt)
 
     def save_last(self):
-        """Write OUT/last.pt; no process goes on before it is there."""
+        """Write OUT/last.pt."""
         ckpt, opt_state = self.state(self.opt.state_dict())
         ckpt |= {"opt": opt_state, "scaler": self.scaler.state_dict(), "log": self.log, "sums": self.epoch_stats,
                  "spent": time.monotonic() - self.epoch_began}
-        save(self.out / "last.pt", ckpt)
-        barriers(1)
+        self.save("last.pt", ckpt)
         self.saved_at = time.monotonic()
+
+    def save(self, name, ckpt):
+        """Write OUT/name atomically, by process 0, in a thread: training goes on meanwhile."""
+        if self.processes.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(ckpt, buffer)
+            self.writing.result()                               # of the file before; raises what went wrong with it
+            self.writing = self.writer.submit(data.write, self.out / name, buffer.getbuffer())
+
+    def finish_writing(self):
+        """Wait until all is written; then no process needs the others any more."""
+        self.writing.result()
+        barriers(1)
 
     def load(self, ckpt):
         """Go on from what save_last() wrote."""
@@ -332,15 +388,20 @@ class Run:
             raise ValueError(f"{self.args.data} has changed since {path}: {ckpt['images']} images of"
                              f" {len(ckpt['names'])} people then, {len(self.train.rows)} of {len(self.faces.names)}"
                              " now; start a new run")
+        if ckpt.get("data_digest", self.data_digest) != self.data_digest:
+            raise ValueError(f"{self.args.data} has changed since {path}: other files, labels or validation pairs;"
+                             " start a new run, perhaps with --init {path}")
         try:
             loss_state, opt_state = map_class_rows(losses.shard_class_rows, self, ckpt["loss"], ckpt["opt"])
             self.net.load_state_dict(ckpt["model"])
             self.criterion.load_state_dict(loss_state)
             self.opt.load_state_dict(opt_state)
-            self.scaler.load_state_dict(ckpt["scaler"])
+            if ckpt["scaler"]:                                  # empty if that precision needed none
+                self.scaler.load_state_dict(ckpt["scaler"])
             if self.ema_net is not None:
                 self.ema_net.load_state_dict(ckpt["ema"])
             self.step, self.best, self.log = ckpt["step"], ckpt["best"], ckpt["log"]
+            self.seen_before = ckpt.get("seen", 0) - self.step * self.batch_size
             self.epoch_stats = ckpt["sums"].to(self.device)
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{path} is not the last.pt of this version's run; start anew, perhaps with --init"
@@ -348,23 +409,18 @@ class Run:
         self.epoch_began -= ckpt.get("spent", 0.0)              # the seconds that the interrupted epoch had taken
 
     def check_finite(self):
-        """ValueError if a loss or a weight was not finite. Asked now and then only: a GPU must be waited for."""
+        """ValueError if a loss or a weight was not finite. Called rarely: it makes the CPU wait for the GPU."""
         finite = torch.stack([p.isfinite().all() for p in self.trainable]).all()
         bad_step = int(self.epoch_stats[2])
         if not bad_step and not finite:
             bad_step = self.step
+        remedy = (f"lower --lr ({self.args.lr:g}), lengthen --warmup, or try --amp off; {self.out}/last.pt is from"
+                  " before")
         if bad_step:
-            raise ValueError(f"the loss or a weight was not finite at step {bad_step}: lower --lr ({self.args.lr:g}),"
-                             f" lengthen --warmup, or try --amp off; {self.out}/last.pt is from before")
-
-
-def save(path, ckpt):
-    """torch.save() by process 0, whole or not at all."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    buffer = io.BytesIO()
-    torch.save(ckpt, buffer)
-    data.write(path, buffer.getbuffer())
+            raise ValueError(f"the loss or a weight was not finite at step {bad_step}: {remedy}")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise ValueError(f"by step {self.step} the gradients in fp16 were not finite at any scale, and these steps"
+                             f" were skipped: {remedy}")
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------
@@ -377,8 +433,11 @@ def lr_factor(step, total, warmup):
     return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, total - rise))
 
 
+AUGMENTATION, DROPOUT, LOSS = 0, 1, 2 ** 31                     # what a step draws random numbers for
+
+
 def seed_step(*key):
-    """Seed torch with a hash of the key, for a CPU's generator looks at 32 bits of its seed only."""
+    """Seed torch with a hash of the key, because the CPU's generator uses only 32 bits of its seed."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -388,14 +447,14 @@ def train_step(run, x, labels):
     In several processes each takes its rows of the batch through the backbone; the embeddings of all are put together
     with gradient, and every process computes the loss of the whole batch, as one process would."""
     args = run.args
-    seed_step(args.seed, run.step, 0)                           # augmentation: the whole batch's, alike in all processes
+    seed_step(args.seed, run.step, AUGMENTATION)                # of the whole batch, alike in all processes
     first_row = run.local_rows.start
     x = data.augment(x, run.strength, (first_row, run.batch_size), run.augment_kernel)
-    seed_step(args.seed, run.step, 1 + run.processes.rank)      # dropout
+    seed_step(args.seed, run.step, DROPOUT + run.processes.rank)
     with run.autocast():
         z = run.ddp_net(x)                                      # (b, dim)
     z = gather_embeddings(z, first_row, run.batch_size)         # (B, dim)
-    seed_step(args.seed, run.step, 2 ** 31)                     # margins and classes that are drawn, alike in all
+    seed_step(args.seed, run.step, LOSS)                        # random margins and classes, alike in all processes
     loss = run.criterion(z, labels)                             # in float32, outside autocast
 
     for group in run.opt.param_groups:
@@ -408,7 +467,8 @@ def train_step(run, x, labels):
     run.scaler.step(run.opt)
     run.scaler.update()
     if run.ema_net is not None:
-        update_average(run.ema_net, run.net, min(args.ema, (1 + run.step) / (10 + run.step)))
+        decay = min(args.ema, (1 + run.step) / (10 + run.step))         # low at first: the weights change fast
+        update_average(run.averaged, decay)
     run.step += 1
     return loss.detach()
 
@@ -416,10 +476,10 @@ def train_step(run, x, labels):
 def train_one_epoch(run, epoch):
     """The steps of an epoch, from run.step on, that are not done yet. False if --steps ended it early."""
     set_train_mode(run)
-    first_step = run.step
-    done_before = first_step - epoch * run.steps_per_epoch
-    batches = run.batches_of_epoch(epoch)[done_before:run.last_step - epoch * run.steps_per_epoch]
+    first_step, epoch_start = run.step, epoch * run.steps_per_epoch
+    batches = run.batches_of_epoch(epoch)[first_step - epoch_start:run.last_step - epoch_start]
     progress = data.Progress(f"epoch {epoch + 1}", batches.size)
+    # index (B,): rows of the whole batch. x: the images of it that are this process's.
     for index, x in data.batches(run.train.images, batches, run.device, run.local_rows):
         loss = train_step(run, x, run.labels[index])
         note_loss(run, loss)
@@ -430,6 +490,7 @@ def train_one_epoch(run, epoch):
             run.check_finite()
             run.save_last()
         if stopping:
+            run.finish_writing()
             print(f"\nstopped at step {run.step}; go on with: python train.py --resume --out {run.out}")
             sys.exit(130)
     run.check_finite()
@@ -445,26 +506,42 @@ def set_train_mode(run):
                 module.eval()
 
 
-def update_average(ema_net, net, decay):
-    """average = decay average + (1 - decay) weights; decay is low at first, while the weights still travel far."""
-    for average, value in zip(ema_net.state_dict().values(), net.state_dict().values()):
-        if average.is_floating_point():
-            average.lerp_(value, 1 - decay)
-        else:
-            average.copy_(value)
+def split_by_kind(net):
+    """(what can be averaged, what can only be copied) of a network's state."""
+    values = list(net.state_dict().values())
+    return [v for v in values if v.is_floating_point()], [v for v in values if not v.is_floating_point()]
+
+
+def update_average(averaged, decay):
+    """average = decay average + (1 - decay) weights, in one call for all tensors; see Run.averaged."""
+    (averages, copies), (weights, counts) = averaged
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_copy_(copies, counts)
 
 
 @torch.no_grad()
 def note_loss(run, loss):
     """Add a step's loss to the epoch's, without waiting for the device; the very first one is printed."""
-    first_bad = ~torch.isfinite(loss) & (run.epoch_stats[2] == 0)
-    run.epoch_stats += torch.stack([loss, torch.ones_like(loss), first_bad * run.step])
+    is_first_bad = ~torch.isfinite(loss) & (run.epoch_stats[2] == 0)
+    bad_step = torch.where(is_first_bad, run.step, 0)
+    run.epoch_stats += torch.stack([loss, torch.ones_like(loss), bad_step])
     if run.step == 1:
         text = f"first loss {float(loss):.2f}"
         expected = run.criterion.expected()
         if expected:
             text += f", of random embeddings and weights {expected:.2f} is expected"
         print(text)
+        for note in [*run.criterion.notes(), *note_outweighed(run.criterion.first_parts)]:
+            print(f"note: {note}")
+
+
+def note_outweighed(parts):
+    """A line if one part of a sum is a hundred times another at the start: the smaller one has no say then."""
+    parts = sorted((float(value), text) for text, value in parts)
+    (least, small), (most, large) = parts[0], parts[-1]
+    if most <= 100 * least or least <= 0:
+        return []
+    return [f"at the start {large} is {most:.3g} and {small} is {least:.3g}: the former decides alone; change a weight"]
 
 
 def finish_epoch(run, epoch, sets, whole):
@@ -481,8 +558,9 @@ def finish_epoch(run, epoch, sets, whole):
         pair_acc=found.metrics.get("acc", math.nan), img_per_s=steps * run.batch_size / seconds,
         seconds=seconds + (run.log[-1]["seconds"] if run.log else 0))
     print_row(row, with_names=not run.log)
+    note_busy_machine(run, row)
 
-    is_best = not row["eer"] >= run.best                        # without validation pairs the last epoch counts as best
+    is_best = not row["eer"] >= run.best                        # "not >=": NaN, without validation pairs, is best too
     if is_best and (whole or not run.log):
         if whole:
             run.best = row["eer"]
@@ -498,10 +576,23 @@ def finish_epoch(run, epoch, sets, whole):
         link_best(run)
 
 
+def note_busy_machine(run, row):
+    """Say once that an epoch ran at less than a third of the run's best rate, and what helps."""
+    best_rate = max([previous["img_per_s"] for previous in run.log], default=0)
+    if row["img_per_s"] < best_rate / 3 and not run.busy_noted:
+        run.busy_noted = True
+        print(f"note: {row['img_per_s']:.0f} images/s, after {best_rate:.0f} in an earlier epoch: other work runs on this"
+              f" machine; fewer threads may be quicker: stop, then OMP_NUM_THREADS={max(1, torch.get_num_threads() // 2)}"
+              f" python train.py --resume --out {run.out}")
+
+
 def print_row(row, with_names):
     if with_names:
         print("  ".join(f"{name:>9}" for name in COLUMNS))
-    print("  ".join(f"{form.format(row[name]):>9}" for name, form in COLUMNS.items()))
+    cells = []
+    for name, form in COLUMNS.items():
+        cells.append("-" if math.isnan(row[name]) else form.format(row[name]))
+    print("  ".join(f"{cell:>9}" for cell in cells))
 
 
 def write_log(out, log):
@@ -512,7 +603,7 @@ def write_log(out, log):
     for title, unit, key, scale in [("training loss", "", "loss", 1), ("accuracy on dev, closed set", "%", "acc", 100),
                                     ("EER on validation pairs", "%", "eer", 100)]:
         values = [scale * row[key] for row in log]
-        panels.append((title, "epoch", unit, {"": (epochs, values)}))
+        panels.append((title, "epoch", unit, {"": (epochs, values)}, "wholex"))
     data.plot(out / "curves.png", panels)
 
 
@@ -520,13 +611,18 @@ def write_log(out, log):
 
 def load_data(args):
     """(faces, sets): what --data names, and its images decoded: {"train", "dev": ImageSet, "val_pairs": PairSet}."""
-    if args.data == "data" and not Path("data").exists():
+    if args.data == "data" and not Path("data").exists():       # not when resuming: a checkpoint's paths are absolute
         print("no data/ folder and no --data: rendering synthetic faces into data/ and training on those")
         data.synthesise("data")
+    args.data = os.path.abspath(args.data)
     faces = data.load(args.data, args.holdout, args.seed)
     if args.size is None:
         args.size = data.native_size(faces.train.files)
-    return faces, verify.pack_sets(faces, ["train", "dev", "val_pairs"], vars(args))
+    sets = verify.pack_sets(faces, ["train", "dev", "val_pairs"], vars(args))
+    if "dev" in sets:                                           # only shown; verify.py counts all of them
+        every = max(1, len(sets["dev"].rows) // SHOWN_OF_DEV)
+        sets["dev"] = sets["dev"]._replace(rows=sets["dev"].rows[::every])
+    return faces, sets
 
 
 # ---- The run's folder ------------------------------------------------------------------------------------------
@@ -546,8 +642,8 @@ def run_dir(args, resume=False):
 
 
 def create_run_dir(args):
-    """(folder, lock) of a new run. The exclusive creation of log.csv keeps two runs from sharing a folder, the lock
-    two that resume; a run that was killed before its first save leaves its folder free."""
+    """(folder, lock) of a new run. Creating log.csv exclusively stops two new runs from sharing a folder; the lock
+    stops two that resume. A run that was killed before its first save leaves its folder free."""
     while True:
         out = Path(args.out) if args.out else run_dir(args)
         out.mkdir(parents=True, exist_ok=True)
@@ -571,7 +667,7 @@ def link_best(run):
     """Let best.pt in the working folder point to the run's best; a file of the user's own is left alone."""
     best, here = run.out / "best.pt", Path("best.pt")
     if here.exists() and not here.is_symlink() and not run.best_is_copied:
-        if here.resolve() != best.resolve():
+        if os.path.realpath(here) != os.path.realpath(best):
             print(f"best.pt here is not a link of ours and stays as it is; the new one is {best}")
         return
     temporary = Path(f"best.pt.{os.getpid()}.tmp")
@@ -579,8 +675,12 @@ def link_best(run):
         os.symlink(os.path.relpath(best), temporary)
         os.replace(temporary, here)
     except OSError:                                             # a file system without links
-        data.write(here, best.read_bytes())
-        run.best_is_copied = True                               # so the next best may replace it
+        try:
+            run.writing.result()                                # best.pt may be on its way to the disk
+            data.write(here, best.read_bytes())
+            run.best_is_copied = True                           # so the next best may replace it
+        except OSError as e:                                    # the link is a convenience, no reason to stop
+            print(f"no best.pt here ({e.strerror}); it is {best}")
 
 
 # ---- Several processes: torchrun starts them, and together they do what one would --------------------------------
@@ -621,7 +721,7 @@ def connect(args, processes):
     backend = "gloo"
     if device.type == "cuda":
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
-    # A dead peer closes its connections at once, so the time limit may be long: somebody decodes the images.
+    # Long, as one process may decode for hours while the others wait; a dead one closes its connections at once.
     store = dist.PrefixStore(RESTARTS, next(dist.rendezvous("env://"))[0])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
 
@@ -638,7 +738,7 @@ def all_reduce_max(*flags):
     """The largest of each process's flags (integers): what one has noticed, all act on at the same step."""
     if not dist.is_initialized():
         return flags
-    largest = torch.tensor([int(flag) for flag in flags])       # on the CPU: no wait for a GPU
+    largest = torch.tensor([int(flag) for flag in flags])       # on the CPU: no GPU synchronisation
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
 
@@ -652,11 +752,12 @@ def barriers(turns):
 @contextlib.contextmanager
 def one_after_another(processes):
     """Rank 0 prepares the data, then one process on every other node; the rest find it cached."""
-    turn = 2
-    if processes.local_rank == 0:
-        turn = 1
     if processes.rank == 0:
         turn = 0
+    elif processes.local_rank == 0:
+        turn = 1
+    else:
+        turn = 2
     barriers(turn)
     yield
     barriers(2 - turn)
@@ -689,7 +790,7 @@ def gather_embeddings(z, first_row, batch_size):
 
 
 def broadcast_replicated(criterion):
-    """Give all processes the loss's values of process 0, but for divided rows, should rounding have parted them."""
+    """Give all processes the loss's values of process 0, except divided rows, in case rounding made them differ."""
     if not dist.is_initialized():
         return
     for name, value in [*criterion.named_parameters(), *criterion.named_buffers()]:
@@ -698,8 +799,8 @@ def broadcast_replicated(criterion):
 
 
 def map_class_rows(move, run, loss_state, opt_state):
-    """(loss_state, opt_state) after move, losses.gather_class_rows or shard_class_rows, of each tensor that --shard
-    divides: they are saved whole, and any number of processes goes on with them."""
+    """(loss_state, opt_state) with move, losses.gather_class_rows or shard_class_rows, applied to each tensor that
+    --shard divides: they are saved whole, and any number of processes goes on with them."""
     rows_per_class, classes = run.criterion.rows_per_class, len(run.faces.names)
     loss_state = dict(loss_state)
     for name, k in rows_per_class.items():
@@ -712,13 +813,13 @@ def map_class_rows(move, run, loss_state, opt_state):
         state[number] = dict(values)
         k = k_of_param.get(id(params[number]), 0)
         for name, value in values.items():
-            if k and torch.is_tensor(value) and value.ndim > 0:         # not AdamW's count of steps
+            if k and torch.is_tensor(value) and value.ndim > 0:         # skips scalars: AdamW's count of steps
                 state[number][name] = move(value, k, classes)
     return loss_state, {**opt_state, "state": state}
 
 
 def clip_gradients(run, max_norm):
-    """Clip the global gradient norm to max_norm; divided parameters enter with their sum over all processes."""
+    """Clip the global gradient norm to max_norm. The squared norms of divided gradients are summed over processes."""
     divided = [p for name, p in run.criterion.named_parameters() if name in run.criterion.rows_per_class]
     divided_ids = {id(p) for p in divided}
     norm = torch.nn.utils.get_total_norm(
@@ -753,6 +854,10 @@ def print_run(run):
     print(f"{args.arch}, {net_size / 1e6:.2f} M parameters, and {run.criterion.spec}, {loss_size / 1e6:.2f} M;"
           f" {run.device}, amp {args.amp}; {args.epochs} epochs of {run.steps_per_epoch} steps of {run.batch_size};"
           f" {run.out}")
+    if run.device.type == "cpu" and len(run.train.rows) < SMALL_SET and args.size >= 96 and "swift" not in args.arch:
+        # Measured on LFW, see docs/architectures.md.
+        print("note: for so few images on a CPU a small network is quicker and better: --arch swiftface --size 96"
+              " --epochs 20 --lr 2e-3 --loss cosface has 7.0 % EER on LFW after 12 minutes, resnet34 11.8 % after 45")
 
 
 def main():
@@ -763,7 +868,7 @@ def main():
     processes = find_processes()
     args, ckpt, run_lock = parse_args()
     device = connect(args, processes)
-    torch.set_float32_matmul_precision("high")                  # TF32 for what autocast leaves in float32
+    torch.set_float32_matmul_precision("high")                  # TF32 for products outside autocast
     torch.backends.cudnn.benchmark = True
 
     # Faces: found, decoded once, memory-mapped.
@@ -784,10 +889,14 @@ def main():
             shared = [args.out]
             dist.broadcast_object_list(shared)
             args.out = shared[0]
+        if args.init:
+            run.seen_before = verify.images_seen(verify.load(args.init))
     print_run(run)
     stop_after_step(run)
     if not ckpt:
         run.save_last()                                         # from here on --resume finds something
+    if processes.rank == 0:
+        data.write(run.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
 
     for epoch in range(len(run.log), args.epochs):
         if run.log and run.step >= run.last_step:
@@ -795,13 +904,13 @@ def main():
         broadcast_replicated(criterion)
         whole = train_one_epoch(run, epoch)
         finish_epoch(run, epoch, sets, whole)
-        if not whole:
+        if not whole:                                           # --steps is reached
             break
 
+    run.finish_writing()
     pairs_option = "" if faces.val_pairs or faces.test_pairs else " --pairs FILE --images DIR"
     print(f"done: python verify.py --ckpt {run.out}/best.pt{pairs_option}")
     if processes.world_size > 1:
-        barriers(1)
         dist.destroy_process_group()
     del run_lock                                                # held until here
 

@@ -5,6 +5,8 @@
     python verify.py --ckpt best.pt one.jpg two.jpg              # a score, and same or different
     python verify.py --ckpt best.pt --pairs FILE --images DIR    # any list of pairs, the homework's or LFW's
     python verify.py --ckpt best.pt --gallery known --probes unknown     # who each probe is, or nobody of the gallery
+    python verify.py --ckpt best.pt --images DIR --save-embeddings z.npy # a folder's embeddings, with a listing
+    python verify.py --ckpt best.pt --export face.pt2            # the model as a program that needs torch alone
     python verify.py --ckpt a.pt b.pt --out both.csv             # each, and together: the mean of their scores
     python verify.py --ckpt a.pt scores.csv --plots DIR          # ROC curves over each other, histograms, hard pairs
     python verify.py --compare runs/*                            # a table of what was tried
@@ -14,13 +16,17 @@ pair is the cosine of its two embeddings. Each distinct image is embedded once, 
 that have it), so that scores depend neither on the batch size nor on the order of the pairs.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import sys
+import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import eer
@@ -36,9 +43,8 @@ import models
 
 VERSION = 1                                                 # of the checkpoint's layout
 CHECKPOINT_KEYS = {"args", "names", "spec", "model", "ema", "loss"}
-ARGUMENT_KEYS = {"arch", "dim", "size", "loss", "data", "holdout", "seed"}
 NOBODY = "n000000"                                          # the older Kaggle's answer for a stranger
-GREEN, RED = "#3a9d5d", "#d1495b"
+RED = "#d1495b"
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------------
@@ -59,9 +65,14 @@ def load(path):
     """
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such checkpoint; train one with train.py, or name another")
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with open(data.regular(path), "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # of a pickle's protocol; our error says enough
         try:
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()                  # torch itself looks at no checksum
+            if broken:
+                raise zipfile.BadZipFile(broken)
+            file.seek(0)
             ckpt = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as e:                              # half a dozen kinds, by where the file is broken
             why = "damaged"
@@ -73,41 +84,281 @@ def load(path):
         raise ValueError(f"{path}: not a checkpoint of train.py; name a best.pt or last.pt that it wrote")
     if version > VERSION:
         raise ValueError(f"{path}: written by a newer version of these scripts; update them")
-    missing = CHECKPOINT_KEYS - ckpt.keys() or ARGUMENT_KEYS - ckpt["args"].keys()
-    if missing:
-        raise ValueError(f"{path}: damaged, it lacks {', '.join(sorted(missing))}; name another best.pt or last.pt")
+    check_fields(ckpt, path)
     ckpt["args"].setdefault("crop", 1.0)                    # which the first checkpoints lack
     return ckpt
 
 
-def build(ckpt, device="cpu"):
-    """(backbone, loss) of a checkpoint on a device, both in eval mode."""
+def build(ckpt, device="cpu", path="this checkpoint"):
+    """(backbone, loss) of a checkpoint on a device, both in eval mode. path: what to call it in an error."""
     args = ckpt["args"]
+    check_backbone(ckpt, path)
+    check_loss(ckpt, ckpt["spec"], path)
     net = models.make(args["arch"], args["dim"], args["size"])
     criterion = losses.make(ckpt["spec"], args["dim"], len(ckpt["names"]))
+    net.load_state_dict(ckpt["model"] if ckpt["ema"] is None else ckpt["ema"])
     try:
-        net.load_state_dict(ckpt["ema"] or ckpt["model"])
         criterion.load_state_dict(ckpt["loss"])
     except RuntimeError:                                    # dozens of lines, one a tensor
-        raise ValueError(f"the checkpoint's weights do not fit {args['arch']} and {args['loss']}; it comes from"
-                         " another version of these scripts: train again") from None
+        raise misfit(path, "loss", ckpt["spec"]) from None
     return net.to(device).eval(), criterion.to(device).eval()
+
+
+def misfit(path, field, what):
+    return ValueError(f"{path}: its {field} weights do not fit {what}; it comes from another version of these scripts:"
+                      " train again")
+
+
+# ---- Checkpoints: the check of all that one holds ----------------------------------------------------------------
+
+ARGUMENT_TEXTS = "arch", "loss", "data"
+ARGUMENT_RANGES = {"dim": (int, 1, 65536), "size": (int, 32, 256), "holdout": (float, 0, 0.9),
+                   "seed": (int, 0, 2 ** 31 - 1), "crop": (float, 0.1, 1)}
+ANY = 2.0 ** 53                                             # more than any run counts
+COUNT_RANGES = {"step": (int, 0, ANY), "images": (int, 1, ANY), "seen": (int, 0, ANY), "spent": (float, 0, ANY)}
+
+# What only resuming looks at.
+RESUMING_KEYS = {"step", "best", "images", "opt", "scaler", "log", "sums"}
+TRAINING_RANGES = {"epochs": (int, 1, ANY), "batch_size": (int, 2, ANY), "per_person": (int, 2, ANY),
+                   "lr": (float, 0, ANY), "weight_decay": (float, 0, ANY), "warmup": (float, 0, 1),
+                   "clip": (float, 0, ANY), "ema": (float, 0, 1), "save_every": (float, 0, ANY)}
+TRAINING_SWITCHES = "shard", "freeze", "compile"
+LOG_COLUMNS = {"epoch", "step", "loss", "lr", "acc", "eer", "auc", "pair_acc", "img_per_s", "seconds"}
+OPTIMIZERS = {"adamw": (torch.optim.AdamW, {"step", "exp_avg", "exp_avg_sq"}),
+              "sgd": (torch.optim.SGD, {"momentum_buffer"})}       # and what it keeps of each parameter
+
+
+def demand(right, path, field, wanted):
+    """ValueError in one line unless a checkpoint's field is right."""
+    if not right:
+        raise ValueError(f"{path}: damaged, its {field} is not {wanted}; name another best.pt or last.pt")
+
+
+def demand_keys(fields, keys, path, field):
+    demand(isinstance(fields, dict), path, field, "a dictionary")
+    missing = sorted(keys - fields.keys())
+    if missing:
+        raise ValueError(f"{path}: damaged, its {field} lacks {', '.join(missing)}; name another best.pt or last.pt")
+
+
+def demand_ranges(fields, ranges, path, prefix=""):
+    """Each field that is there is a number of the kind and range that ranges gives for its name."""
+    for name, (kind, low, high) in ranges.items():
+        if name in fields:
+            what = "a whole number" if kind is int else "a number"
+            demand(is_number(fields[name], kind, low, high), path, prefix + name, f"{what} in {low:g}..{high:g}")
+
+
+def is_number(value, kind, low, high):
+    return type(value) in (int, kind) and low <= value <= high
+
+
+def is_text(value):
+    return isinstance(value, str) and len(value) < 4096 and "\0" not in value
+
+
+def is_tensor(value):
+    """A tensor of numbers in memory, neither sparse nor one that has a shape only."""
+    return torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def check_fields(ckpt, path):
+    """ValueError in one line for a field that is missing, of a wrong type, or outside its range."""
+    demand_keys(ckpt, CHECKPOINT_KEYS, path, "content")
+    args, names = ckpt["args"], ckpt["names"]
+    demand_keys(args, ARGUMENT_RANGES.keys() - {"crop"}, path, "args")
+    for name in ARGUMENT_TEXTS:
+        demand(is_text(args.get(name)), path, f"args.{name}", "a text")
+    demand(args["arch"] in models.ARCHS, path, "args.arch", "one of train.py's --arch help")
+    demand_ranges(args, ARGUMENT_RANGES, path, "args.")
+    demand_ranges(ckpt, COUNT_RANGES, path)
+    demand(is_text(ckpt["spec"]), path, "spec", "a text")
+    demand(isinstance(names, list) and names, path, "names", "a list of people")
+    demand(all(map(is_text, names)), path, "names", "a list of texts")
+    frozen = ckpt.get("frozen", [])
+    demand(isinstance(frozen, list) and all(map(is_text, frozen)), path, "frozen", "a list of texts")
+    check_weights(ckpt["model"], path, "model")
+    check_weights(ckpt["loss"], path, "loss")
+    if ckpt["ema"] is not None:
+        check_weights(ckpt["ema"], path, "ema")
+    if ckpt.get("val") is not None:
+        check_validation(ckpt["val"], path)
+
+
+def check_weights(weights, path, field):
+    demand(isinstance(weights, dict), path, field, "a dictionary of tensors")
+    for name, value in weights.items():
+        demand(is_text(name) and is_tensor(value), path, f"{field}.{name}", "a tensor")
+        if value.is_floating_point():
+            finite = bool(value.isfinite().all())
+            demand(finite, path, f"{field}.{name}", "finite; the weights diverged")
+
+
+def check_validation(val, path):
+    demand_keys(val, {"labels", "scores"}, path, "val")
+    labels, scores = val["labels"], val["scores"]
+    for name, value in ("labels", labels), ("scores", scores):
+        demand(is_tensor(value) and value.ndim == 1, path, f"val.{name}", "a tensor of one axis")
+    demand(labels.dtype in (torch.int32, torch.int64), path, "val.labels", "a tensor of whole numbers")
+    demand(labels.unique().tolist() == [0, 1], path, "val.labels", "of ones and zeros")
+    demand(scores.dtype in (torch.float32, torch.float64), path, "val.scores", "a tensor of floats")
+    demand(len(scores) == len(labels), path, "val.scores", "as long as val.labels")
+    demand(bool(scores.isfinite().all()), path, "val.scores", "finite")
+    demand(is_text(val.get("mark", "")), path, "val.mark", "a text")
+
+
+def check_backbone(ckpt, path):
+    """ValueError unless the weights have the backbone's shapes. It is made without memory: a wrong size may ask for
+    any amount."""
+    args = ckpt["args"]
+    with torch.device("meta"):
+        wanted = shapes(models.make(args["arch"], args["dim"], args["size"]).state_dict())
+    for field in ("model", "ema"):
+        if ckpt[field] is not None and shapes(ckpt[field]) != wanted:
+            raise misfit(path, field, f"{args['arch']}, --dim {args['dim']} and --size {args['size']}")
+
+
+def shapes(weights):
+    return {name: value.shape for name, value in weights.items()}
+
+
+def check_loss(ckpt, spec, path):
+    """ValueError unless as many numbers were saved as a loss of this spec has, before it is made: a wrong k or too
+    many people would ask for any amount of memory."""
+    people, saved = len(ckpt["names"]), numel(ckpt["loss"])
+    for k in re.findall(r"\bk=(\d{1,20})", spec):
+        if int(k) > max(saved, 1024):
+            raise misfit(path, "loss", f"{spec} and {people} people")
+    try:
+        of_two = numel(losses.make(spec, ckpt["args"]["dim"], 2).state_dict())
+        of_three = numel(losses.make(spec, ckpt["args"]["dim"], 3).state_dict())
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if saved != of_two + (people - 2) * (of_three - of_two):
+        raise misfit(path, "loss", f"{spec} and {people} people")
+
+
+def numel(weights):
+    return sum(value.numel() for value in weights.values())
+
+
+def check_resumable(ckpt, path):
+    """ValueError in one line unless train.py can go on from what load() has read."""
+    if not RESUMING_KEYS <= ckpt.keys():
+        raise ValueError(f"{path} is not the last.pt of a run, for it lacks"
+                         f" {', '.join(sorted(RESUMING_KEYS - ckpt.keys()))}; start anew, perhaps with --init {path}")
+    args, sums, best, log = ckpt["args"], ckpt["sums"], ckpt["best"], ckpt["log"]
+    needed = {*TRAINING_RANGES, *TRAINING_SWITCHES, "amp", "init", "opt", "steps"}
+    demand_keys(args, needed, path, "args")
+    augmentation = {name: (float, 0, 90) for name in data.AUGMENT}
+    demand_ranges(args, TRAINING_RANGES | augmentation, path, "args.")
+    for name in TRAINING_SWITCHES:
+        demand(isinstance(args[name], bool), path, f"args.{name}", "true or false")
+    demand(args["amp"] in ["auto", "bf16", "fp16", "off"], path, "args.amp", "a precision")
+    demand(args["opt"] in list(OPTIMIZERS), path, "args.opt", "adamw or sgd")
+    demand(args["init"] is None or is_text(args["init"]), path, "args.init", "a text")
+    demand(args["steps"] is None or is_number(args["steps"], int, 1, ANY), path, "args.steps", "a whole number")
+
+    check_loss(ckpt, args["loss"], path)
+    check_backbone(ckpt, path)
+    check_optimizer(ckpt, path)
+    demand(type(best) in (int, float), path, "best", "a number")        # infinite before the first, NaN without pairs
+    demand(is_tensor(sums) and sums.shape == (3,) and sums.dtype == torch.float32, path, "sums", "three floats")
+    demand(bool(sums.isfinite().all()), path, "sums", "finite")
+    demand(isinstance(log, list) and len(log) <= ckpt["step"], path, "log", "a list of rows, one an epoch")
+    for i, row in enumerate(log):
+        demand_keys(row, LOG_COLUMNS, path, f"log[{i}]")
+        demand_ranges(row, {"epoch": (int, i + 1, i + 1), "step": (int, i + 1, ckpt["step"])}, path, f"log[{i}].")
+        for name in LOG_COLUMNS:
+            demand(type(row[name]) in (int, float), path, f"log[{i}].{name}", "a number")
+
+
+def check_optimizer(ckpt, path):
+    """ValueError unless opt and scaler are what the optimizer of args.opt and a gradient scaler save."""
+    kind, kept = OPTIMIZERS[ckpt["args"]["opt"]]
+    defaults = kind([torch.zeros(1)]).defaults
+    demand_keys(ckpt["opt"], {"state", "param_groups"}, path, "opt")
+    state, groups = ckpt["opt"]["state"], ckpt["opt"]["param_groups"]
+    demand(isinstance(groups, list) and len(groups) == 2, path, "opt.param_groups", "a list of two")
+    for group in groups:
+        demand_keys(group, {"params", "lr", "weight_decay"}, path, "opt.param_groups")
+        demand(isinstance(group["params"], list), path, "opt.param_groups.params", "a list")
+        for name in group.keys() & defaults.keys() - {"lr", "weight_decay", "momentum", "nesterov", "fused"}:
+            as_made = repr(group[name]) == repr(defaults[name])
+            demand(as_made, path, f"opt.param_groups.{name}", f"{defaults[name]}")
+        ours = {"lr": (float, 0, ANY), "weight_decay": (float, 0, ANY), "momentum": (float, 0, 1)}
+        demand_ranges(group, ours, path, "opt.param_groups.")
+
+    numbers = groups[0]["params"] + groups[1]["params"]
+    counted = repr(numbers) == repr(list(range(len(numbers))))
+    demand(counted, path, "opt.param_groups.params", "0, 1, 2, ...")
+
+    demand(isinstance(state, dict), path, "opt.state", "a dictionary")
+    allowed = {value.shape for weights in (ckpt["model"], ckpt["loss"]) for value in weights.values()}
+    for number, values in state.items():
+        demand(number in numbers, path, "opt.state", "of numbered parameters")
+        demand_keys(values, kept, path, f"opt.state[{number}]")
+        for name in kept:
+            value, field = values[name], f"opt.state[{number}].{name}"
+            demand(is_tensor(value) and value.is_floating_point(), path, field, "a tensor of floats")
+            demand(value.shape in allowed | {()}, path, field, "of a weight's shape")
+
+    scaler = ckpt["scaler"]
+    demand(isinstance(scaler, dict), path, "scaler", "a dictionary")
+    for name, value in scaler.items():
+        demand(is_number(value, float, 0, ANY), path, f"scaler.{name}", "a number")
 
 
 # ---- Embeddings and scores ---------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None, rows=None):
-    """uint8 images (N, S, S, 3), an array or data.Images -> embeddings (N, D) on the CPU, unit vectors or as they are.
+class Embedder(torch.nn.Module):
+    """uint8 images (B, S, S, 3) -> embeddings (B, D): the backbone, and what stands before and behind it.
 
-    rows selects images by number. mirror: mean of the embeddings of image and mirror image, their concat, or none.
-    project is the loss's own last layer, where it has one. ValueError if an embedding is not finite.
+    project is the loss's own last layer, where it has one. mirror: mean of the embeddings of image and mirror image,
+    their concat, or none. unit: to unit length, or as they are.
+    """
+
+    def __init__(self, net, project=None, mirror="mean", unit=True):
+        super().__init__()
+        self.net, self.mirror, self.unit = net, mirror, unit
+        self.project = project or torch.nn.Identity()
+
+    def forward(self, x):
+        x = data.normalise(x)
+        z = self.project(self.net(x))
+        if self.mirror != "none":
+            z_mirror = self.project(self.net(x.flip(3)))
+            z = torch.cat([z, z_mirror], 1) if self.mirror == "concat" else (z + z_mirror) / 2
+        return F.normalize(z.float()) if self.unit else z.float()
+
+
+def check_images(images, size):
+    """ValueError unless images are data.Images or uint8 (N, S, S, 3), of a model's size where that is told."""
+    found = "data.Images"
+    if isinstance(images, data.Images):
+        shape = (len(images), images.size, images.size, 3)
+    else:
+        shape, found = np.shape(images), getattr(images, "dtype", type(images).__name__)
+    if found not in ("data.Images", np.uint8) or len(shape) != 4 or shape[3] != 3:
+        raise ValueError(f"images of type {found} and shape {tuple(shape)}; give uint8 (N, S, S, 3), or any images to"
+                         " verify.Verifier")
+    if size and shape[1:3] != (size, size):
+        raise ValueError(f"images of {shape[1]}x{shape[2]} pixels, but the model is of size {size}: resize them, as"
+                         " verify.Verifier does")
+
+
+@torch.no_grad()
+def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None, rows=None, quiet=False):
+    """uint8 images (N, S, S, 3), an array or data.Images -> embeddings (N, D) float32 on the CPU.
+
+    rows selects images by number; project, mirror and unit are Embedder's; quiet: no progress. ValueError for images
+    of another type or size than the model's, and if an embedding is not finite.
     With several processes each embeds a part of the images, and all receive all embeddings.
     """
+    check_images(images, getattr(model, "size", None))
     device = next(model.parameters()).device
-    net = models.fold(model).to(memory_format=torch.channels_last)
-    if project is None:
-        project = torch.nn.Identity()
+    net = models.fold(model).to(memory_format=data.memory_format(device))
+    embedder = Embedder(net, project, mirror, unit)
     if batch_size is None:
         batch_size = 64 if device.type == "cpu" else 256    # more does not stay in a CPU's cache
     if rows is None:
@@ -122,14 +373,10 @@ def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None
     parts, done = [], 0
     progress = data.Progress("embedding", len(local_rows))
     for index, x in data.batches(images, batches, device):
-        x = data.normalise(x)
-        z = project(net(x))
-        if mirror != "none":
-            z_mirror = project(net(x.flip(3)))
-            z = torch.cat([z, z_mirror], 1) if mirror == "concat" else (z + z_mirror) / 2
-        parts.append(z.float().cpu())
+        parts.append(embedder(x).cpu())
         done += len(index)
-        progress.update(done)
+        if not quiet:
+            progress.update(done)
     z = torch.cat(parts)
     if world_size > 1:
         z = losses.gather_rows(z, bounds[rank], len(rows))
@@ -138,7 +385,7 @@ def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None
     if len(bad):
         raise ValueError(f"image {int(rows[bad[0, 0]])} has an embedding that is not finite; the weights diverged:"
                          " train again with a lower --lr, or with --amp off")
-    return F.normalize(z) if unit else z
+    return z
 
 
 def metric_of(criterion, name=None):
@@ -171,8 +418,12 @@ def score(z, pairs, similarity=None):
 
     similarity maps two arrays of embeddings (..., D) to (...); None is the cosine of unit embeddings.
     """
-    a, b = z[pairs.left], z[pairs.right]
-    scores = (a.double() * b.double()).sum(1) if similarity is None else similarity(a, b)
+    return score_rows(z[pairs.left], z[pairs.right], similarity)
+
+
+def score_rows(a, b, similarity=None):
+    """Scores (...) float64 of the embeddings a and b (..., D), row by row; similarity is score()'s."""
+    scores = (a.double() * b.double()).sum(-1) if similarity is None else similarity(a, b)
     return scores.detach().double().numpy()
 
 
@@ -227,7 +478,7 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
     best_rows = np.empty((len(probes), 0), np.int64)
     progress = data.Progress("searching", len(gallery), "embeddings")
     for start in range(0, len(gallery), block):
-        g = torch.from_numpy(np.array(gallery[start:start + block])).float()
+        g = torch.from_numpy(np.array(gallery[start:start + block], np.float32))
         if similarity is None:
             scores = probes @ g.T                           # (P, n)
         else:
@@ -318,6 +569,95 @@ def pairs_digest(pairs):
     return hashlib.sha256(os.fsencode("\n".join(paired))).hexdigest()[:16]
 
 
+# ---- From Python: the Verifier -----------------------------------------------------------------------------------
+
+class Verifier:
+    """A trained model to use in one's own program.
+
+        verifier = verify.Verifier("best.pt")
+        z = verifier.embed(["one.jpg", "two.jpg"])          # (2, D)
+        verifier.score("one.jpg", "two.jpg"), verifier.same("one.jpg", "two.jpg", far=1e-2)
+
+    An image is a path, a PIL image, or a uint8 array (H, W, 3) in RGB or (H, W) in grey, of any size: its central
+    square is brought to size pixels as in training. Anything else is a ValueError that names the item. As in
+    training the image should show one face, cut out like those that the model has learned from.
+    """
+
+    def __init__(self, path="best.pt", device=None):
+        """path: a checkpoint of train.py. device: [a GPU where there is one]."""
+        ckpt = load(path)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        net, criterion = build(ckpt, device)
+        self.path, self.net = path, models.fold(net)
+        self.size, self.crop = ckpt["args"]["size"], ckpt["args"]["crop"]
+        self.project, self.similarity = metric_of(criterion)
+        self.known = validation_scores(ckpt, criterion)
+
+    def embed(self, images):
+        """Unit embeddings (N, D) float32 of an image, N = 1, or of a list of N images."""
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if not images:
+            raise ValueError("an empty list; give one image or more")
+        items = [checked_image(i, image) for i, image in enumerate(images)]
+        faces = data.Images(items, self.size, None, self.crop)
+        return embed(self.net, faces, self.project, quiet=True).numpy()
+
+    def score(self, a, b):
+        """How alike a and b are, the higher the more: the cosine in -1..1, or what the loss has learned.
+
+        A float for two images or embeddings (D,); (N,) float64 for two lists of images or arrays of embeddings
+        (N, D), row by row. Embeddings are float arrays and may have any length; ValueError if shapes differ.
+        """
+        a, b = self.embeddings_of(a), self.embeddings_of(b)
+        if a.shape != b.shape:
+            raise ValueError(f"embeddings of the shapes {tuple(a.shape)} and {tuple(b.shape)}; give as many of both")
+        scores = score_rows(a, b, self.similarity)
+        return scores if scores.ndim else float(scores)
+
+    def embeddings_of(self, x):
+        """Unit embeddings (N, D), or (D,) of a single one, as a tensor."""
+        is_embedding = isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim in (1, 2)
+        z = torch.from_numpy(np.array(x, np.float32) if is_embedding else self.embed(x))
+        if not is_embedding and not isinstance(x, (list, tuple)):
+            z = z[0]
+        return F.normalize(z, dim=-1)
+
+    def threshold(self, far=None):
+        """Where the validation EER is, or the lowest that keeps the false accept rate far on validation. ValueError
+        for far outside 0..1, and for a checkpoint without validation scores."""
+        if far is not None and not 0 < far < 1:
+            raise ValueError(f"far={far}: a rate lies between 0 and 1; give 1e-3 for one in a thousand")
+        threshold, why = threshold_of(self.known, far)
+        if self.known is None:
+            raise ValueError(f"{self.path}: {why.partition(';')[0]}; choose a threshold of your own for score()")
+        return threshold
+
+    def same(self, a, b, far=None):
+        """Whether a and b are of one person: score(a, b) >= threshold(far). bool, or bool (N,)."""
+        return self.score(a, b) >= self.threshold(far)
+
+
+def checked_image(i, image):
+    """The i-th image of a list, a path or a PIL image; ValueError if it is none of what Verifier takes."""
+    if isinstance(image, (str, os.PathLike)):
+        return image
+    try:
+        if isinstance(image, Image.Image):
+            image.load()                                    # a file that was opened may yet be broken
+            return image
+        found = type(image).__name__
+        if isinstance(image, np.ndarray):
+            is_grey, is_colour = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
+            if image.dtype == np.uint8 and (is_grey or is_colour):
+                return Image.fromarray(image)
+            found = f"an array {image.shape} of {image.dtype}"
+    except Exception as e:                                  # as in data.decode()
+        found = " ".join(str(e).split()) or type(e).__name__
+    raise ValueError(f"image {i}: {found}; give a path, a PIL image, or a uint8 array (H, W, 3) or (H, W)")
+
+
 # ---- Files: scores and embeddings --------------------------------------------------------------------------------
 
 def write_csv(path, header, rows):
@@ -329,22 +669,30 @@ def write_csv(path, header, rows):
 
 
 def write_submission(path, scores, root):
-    """A row ID,score for each test pair, counted from 0; the header is that of the set's sample submission.
+    """A row id,score for each test pair; header and ids are those of the set's sample submission.
 
-    ValueError if the sample has another length or a score is not finite.
+    ValueError if there are samples of other lengths only, or a score is not finite.
     """
-    header = ["ID", "Label"]
-    for sample in sorted(Path(root).glob("*sample*submission*.csv")):
-        (_, first), *rest = data.read_lines(sample)
-        if len(rest) != len(scores):
-            raise ValueError(f"{sample}: {len(rest)} rows, but there are {len(scores)} test pairs; the sample is"
-                             " of another set: remove it, or bring the test pairs that belong to it")
-        header = first.split(",")
+    header, ids = read_sample(root, len(scores))
     finite = np.isfinite(scores)
     if not finite.all():
         raise ValueError(f"pair {np.argmin(finite)} has a score that is not finite, so {path} is not"
                          " written; the weights diverged: train again with a lower --lr")
-    write_csv(path, header, enumerate(map(repr, scores.tolist())))
+    write_csv(path, header, zip(ids, map(repr, scores.tolist())))
+
+
+def read_sample(root, n):
+    """(header, ids) of the sample submission in root that has n rows; without any, ID,Label and 0, 1, 2, ..."""
+    others = []
+    for sample in sorted(Path(root).glob("*sample*submission*.csv")):
+        rows = list(csv.reader(line for _, line in data.read_lines(sample)))
+        if len(rows) == n + 1 and all(len(row) == 2 for row in rows):
+            return rows[0], [name for name, _ in rows[1:]]
+        others.append(f"{sample}: {max(len(rows) - 1, 0)} rows")
+    if others:
+        raise ValueError(f"{', '.join(others)}, but there are {n} test pairs; a sample has a header and two columns:"
+                         " remove it, or bring the test pairs that belong to it")
+    return ["ID", "Label"], range(n)
 
 
 class Embedded(NamedTuple):
@@ -366,18 +714,51 @@ def save_embeddings(path, embedded):
     data.write(path.with_suffix(".txt"), "".join(lines))
 
 
-def load_embeddings(path):
-    """Embedded as save_embeddings() wrote it; z stays on the disk, as a memory map."""
+def check_replaceable(path):
+    """ValueError if save_embeddings(path) would overwrite files that it has not written itself."""
+    path = Path(path).with_suffix(".npy")
+    listing = path.with_suffix(".txt")
+    if not (path.exists() or listing.exists()):
+        return
     try:
-        z = np.load(path, mmap_mode="r")
-    except (EOFError, ValueError):
+        rows = len(np.load(data.regular(path), mmap_mode="r"))
+        lines = data.regular(listing).read_bytes().split(b"\n")[:-1]
+        is_ours = len(lines) == rows and all(b"\t" in line for line in lines)
+    except (OSError, EOFError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"--save-embeddings writes {path} and {listing}, and what lies there is not of that kind;"
+                         " give another name")
+
+
+def load_embeddings(path):
+    """Embedded as save_embeddings() wrote it; z stays on the disk, as a memory map of any kind of number."""
+    try:
+        z = np.load(data.regular(path), mmap_mode="r")
+    except (EOFError, ValueError, TypeError, OverflowError):
         raise ValueError(f"{path}: not what --save-embeddings wrote; save it anew") from None
+    if not isinstance(z, np.ndarray) or z.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: not an array of numbers; save it anew with --save-embeddings")
     listing = Path(path).with_suffix(".txt")
     rows = [line.partition("\t") for _, line in data.read_lines(listing)]
     if z.ndim != 2 or not 0 < len(z) == len(rows):
         raise ValueError(f"{listing}: {len(rows)} lines, but {path} has the shape {z.shape}; save them anew")
+    check_unit_rows(path, z)
     files, _, names = zip(*rows)
     return Embedded(z, files, names if any(names) else None)
+
+
+def check_unit_rows(path, z, block=4096):
+    """ValueError for a row that is not of length 1: one 25 times as long would win every search."""
+    for start in range(0, len(z), block):
+        lengths = np.linalg.norm(z[start:start + block].astype(np.float64), axis=1)
+        wrong = ~(np.abs(lengths - 1) < 0.01)               # so is NaN
+        if wrong.any():
+            row = np.argmax(wrong)
+            raise ValueError(f"{path}: row {start + row} has the length {lengths[row]:.4g}; rows are unit vectors:"
+                             " divide each by its length, or save them anew")
+        if isinstance(z, np.memmap):
+            data.release_pages(z)
 
 
 def load_or_embed(net, trained, folder, project, mirror):
@@ -388,12 +769,73 @@ def load_or_embed(net, trained, folder, project, mirror):
     if folder.endswith(".npy"):
         return load_embeddings(folder)
     files, labels = data.read_split(folder)
+    embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror)
+    return embedded
+
+
+def embed_files(net, trained, folder, files, labels, project, mirror, max_unreadable=0.01):
+    """(Embedded, why the unreadable are left out) of a folder's files; labels of each, or None."""
     if not files:
         raise ValueError(f"{folder}: no such folder, or no images in it and its sub-folders; name another")
-    images, rows = data.pack(files, trained["size"], data.cache_folder(folder), "faces", trained["crop"])
+    size, crop, cache = trained["size"], trained["crop"], data.cache_folder(folder)
+    images, rows = data.pack(files, size, cache, "faces", crop, max_unreadable)
     z = embed(net, images, project, mirror, rows=rows).numpy()
     names = [str(labels[i]) for i in rows] if labels else None
-    return Embedded(z, [files[i] for i in rows], names)
+    return Embedded(z, [files[i] for i in rows], names), list(images.unreadable.values())
+
+
+def embed_folder(net, criterion, ckpt, args, threshold_from):
+    """--save-embeddings of all of --images: a folder in any layout, or a text file that lists files, a line each,
+    relative to its own folder. What was left out is listed in FILE.skipped.txt, with the reason."""
+    folder, skipped = args.images, []
+    if os.path.isfile(folder):
+        listing, folder = folder, os.path.dirname(folder) or "."
+        files = [os.path.join(folder, line) for _, line in data.read_lines(listing)]
+        skipped = [f"{file}: no such file" for file in files if not os.path.isfile(file)]
+        files, labels = list(filter(os.path.isfile, files)), None
+    else:
+        files, labels = data.read_split(folder, skipped)
+        skipped = [f"{file}: no image by its name" for file in skipped]
+    project, _ = metric_of(criterion, args.metric)
+    embedded, unreadable = embed_files(net, ckpt["args"], folder, files, labels, project, args.mirror, 0.99)
+    save_embeddings(args.save_embeddings, embedded)
+    skipped += unreadable
+    path = Path(args.save_embeddings).with_suffix(".npy")
+    text = f"{len(embedded.z)} images of {args.images}: {path}, listed in {path.with_suffix('.txt')}"
+    reasons = path.with_suffix(".skipped.txt")
+    reasons.unlink(missing_ok=True)                         # of an earlier time
+    if skipped:
+        data.write(reasons, "\n".join(skipped) + "\n")
+        text += f"; {len(skipped)} files skipped, see {reasons}"
+    return Outcome(dict(images=len(embedded.z), skipped=skipped), text, {})
+
+
+# ---- Files: the model for other programs -------------------------------------------------------------------------
+
+def export(net, project, size, mirror="mean"):
+    """A torch.export program of a model on the CPU: uint8 (B, size, size, 3), any B -> unit embeddings (B, D) float32.
+
+    Embedder with all its parts, batch norms folded. Whoever loads it needs torch alone.
+    """
+    embedder = Embedder(models.fold(net).cpu(), project, mirror)
+    images = torch.zeros(2, size, size, 3, dtype=torch.uint8)       # of 1 image, B would not stay free
+    with torch.no_grad():
+        return torch.export.export(embedder, (images,), dynamic_shapes=({0: torch.export.Dim("B")},))
+
+
+def export_checkpoint(net, criterion, ckpt, args, threshold_from):
+    """Write --export, and say how to use it."""
+    project, similarity = metric_of(criterion, args.metric)
+    size, buffer = ckpt["args"]["size"], io.BytesIO()
+    torch.export.save(export(net, project, size, args.mirror), buffer)
+    data.write(args.export, buffer.getbuffer())
+    known = threshold_scores(net, criterion, ckpt, args, threshold_from)
+    threshold, why = threshold_of(known, args.far)
+    text = (f"{args.export}: uint8 (B, {size}, {size}, 3) -> unit embeddings (B, D), with"
+            f" torch.export.load('{args.export}').module()\nthreshold {threshold:.4f}, {why}")
+    if similarity:
+        text += f"\nthe threshold is not of cosines: the score of {criterion.spec} is no part of the program"
+    return Outcome(dict(size=size, threshold=threshold), text, {})
 
 
 # ---- Decisions: the threshold ------------------------------------------------------------------------------------
@@ -415,14 +857,19 @@ def threshold_scores(net, criterion, ckpt, args, threshold_from):
         images, _ = data.pack(pairs.files, size, cache, "threshold_pairs", crop, max_unreadable=0)
         scores, _ = score_pairs(net, criterion, data.PairSet(images, pairs), args.metric, args.mirror)
         return scores
+    return validation_scores(ckpt, criterion, args.metric, args.mirror)
+
+
+def validation_scores(ckpt, criterion, metric=None, mirror="mean"):
+    """Scores of a checkpoint's validation pairs; None where it has none of this metric."""
     val = ckpt.get("val")
-    if not val or args.mirror != "mean":
+    if not val or mirror != "mean":
         return None
     stored = Scores(val["labels"].numpy(), val["scores"].numpy(), val.get("mark"))
     learned = criterion.score or criterion.has_projection
-    if args.metric in (None, "learned" if learned else "cosine"):
+    if metric in (None, "learned" if learned else "cosine"):
         return stored
-    if args.metric == "euclidean" and not learned:          # of unit vectors: the cosine tells it
+    if metric == "euclidean" and not learned:               # of unit vectors: the cosine tells it
         return stored._replace(scores=-np.sqrt(np.maximum(2 - 2 * stored.scores, 0)))
     return None
 
@@ -481,7 +928,7 @@ def compare_images(net, criterion, ckpt, args, threshold_from):
 # ---- Decisions: one among many -----------------------------------------------------------------------------------
 
 def identify(net, criterion, ckpt, args, threshold_from):
-    """The best match of each probe in the gallery, or none. Writes --out, and ranks.png with --plots."""
+    """The best match of each probe in the gallery, or none. Writes --out and its scores, and ranks.png with --plots."""
     project, similarity = metric_of(criterion, args.metric)
     gallery = load_or_embed(net, ckpt["args"], args.gallery, project, args.mirror)
     if args.save_embeddings:
@@ -489,7 +936,7 @@ def identify(net, criterion, ckpt, args, threshold_from):
     if not args.probes:
         text = f"{len(gallery.z)} images of {args.gallery}: {args.save_embeddings or 'give --probes'}"
         return Outcome(dict(images=len(gallery.z)), text, {})
-    people = one_per_person(gallery)
+    people = one_per_person(gallery, args.pool)
     probes = load_or_embed(net, ckpt["args"], args.probes, project, args.mirror)
     if people.z.shape[1] != probes.z.shape[1]:
         raise ValueError(f"{args.gallery}: {people.z.shape[1]} numbers an embedding, but the probes have"
@@ -498,21 +945,26 @@ def identify(net, criterion, ckpt, args, threshold_from):
         probes = probes._replace(names=probe_labels(Path(args.probes), len(probes.files)))
     scores, found = search(people.z, np.array(probes.z, np.float32), similarity=similarity)         # (P, 5)
     known = threshold_scores(net, criterion, ckpt, args, threshold_from)
-    threshold, why = threshold_of(known, args.far)
+    threshold, why = search_threshold(known, args.far or 0.01, len(people.names))
 
     best = scores[:, 0]
     accepted = best >= threshold
     predicted = people.names[found]                         # (P, 5)
     answers = np.where(accepted, predicted[:, 0], NOBODY)
-    out = args.out or "identification.csv"
+    out = Path(args.out or "identification.csv")
     write_csv(out, ["id", "label"], enumerate(answers))
-    entries, lines = [], []
+    entries, lines, rows = [], [], []
     for i, file in enumerate(probes.files):
         match = str(answers[i]) if accepted[i] else None
         entries.append(dict(image=file, match=match, score=float(best[i]), nearest=predicted[i].tolist()))
         lines.append(f"{file}  {match or 'no match'}  {best[i]:.4f}")
+        rows.append([file, answers[i], best[i], *second_best(predicted[i], scores[i])])
+    out_scores = out.with_name(f"{out.stem}_scores.csv")
+    write_csv(out_scores, ["file", "label", "score", "second", "second_score"], rows)
     result = dict(threshold=threshold, probes=entries)
-    lines.append(f"{len(answers)} probes among {len(people.names)} people: {out}; threshold {threshold:.4f}, {why}")
+    compared = "the means of a person's images" if args.pool == "mean" else "each single image"
+    lines.append(f"{len(answers)} probes among {len(set(people.names))} people, compared with {compared}: {out},"
+                 f" {out_scores}\nthreshold {threshold:.4f}, {why}")
     if probes.names:
         hits = predicted == np.array(probes.names)[:, None]
         mated = np.isin(probes.names, people.names)
@@ -522,18 +974,40 @@ def identify(net, criterion, ckpt, args, threshold_from):
         shown = [f"{name} {v if isinstance(v, int) else eer.percent(v)}" for name, v in rates.items()]
         lines.append("   ".join(shown))
     if args.plots:
-        draw_ranks(args.plots / "ranks.png", probes, people, scores, found, threshold)
+        draw_ranks(args.plots / "ranks.png", probes, people, scores, found, answers)
     return Outcome(result, "\n".join(lines), {})
 
 
-def one_per_person(gallery):
-    """Embedded, for each person, the mean of his images, and the first of his files; names as an array.
+def search_threshold(known, far, size):
+    """(threshold, why) that leaves a stranger a chance of far to find anybody in a gallery of size rows.
+
+    It takes his comparisons for independent: each may accept him at a rate of 1 - (1 - far)^(1/size), for which
+    threshold_of() asks the scores of known impostors. This is an approximation: those are of single pairs, and the
+    mean of a person's images scores somewhat higher with strangers, too.
+    """
+    per_pair = -np.expm1(np.log1p(-far) / size)             # exact for small rates
+    threshold, why = threshold_of(known, per_pair)
+    return threshold, (f"that a stranger finds anybody at a rate of {far:g}: in each comparison"
+                       f" 1 - (1 - {far:g})^(1/{size}) = {per_pair:.3g}; {why}")
+
+
+def second_best(names, scores):
+    """(name, score) of the best row found (5,) that is of another person than the first; empty without one."""
+    others = np.flatnonzero(names != names[0])
+    if not len(others):
+        return "", ""
+    return names[others[0]], scores[others[0]]
+
+
+def one_per_person(gallery, pool):
+    """Embedded, for each person, the mean of his images, and the first of his files; names as an array. With pool
+    "none" the gallery's images as they are.
 
     Images without names are each a person of their own, named after the file.
     """
     names = gallery.names or [Path(file).stem for file in gallery.files]
     people, first, labels = np.unique(names, return_index=True, return_inverse=True)
-    if len(people) == len(names):                           # as it is, for it may be larger than memory
+    if pool == "none" or len(people) == len(names):         # as it is, for it may be larger than memory
         return gallery._replace(names=np.array(names))
     z = torch.from_numpy(np.array(gallery.z, np.float32))
     z = centroids(z, labels, len(people)).numpy()
@@ -631,53 +1105,86 @@ def draw_hardest(folder, pair_set, scores, threshold):
     write_csv(folder / "scores.csv", ["label", "score"], zip(pairs.labels, map(repr, scores.tolist())))
 
 
-def draw_ranks(path, probes, people, scores, found, threshold):
-    """Eight probes, each with the people found (P, k) for it and their scores (P, k)."""
-    heading, tiles = f"threshold {threshold:.4f}", []
+def draw_ranks(path, probes, people, scores, found, answers):
+    """Eight probes, each with the people found (P, k) for it and their scores (P, k). Of the answers (P,) only errors
+    are framed: a wrong name, and the right one where it is not the answer."""
+    heading, tiles = "the first is the answer unless 'no match'", []
     if probes.names:
-        heading += "; green: that person, red: accepted, but somebody else"
+        heading += "; framed: a wrong answer, or the right person where he is not the answer"
     for i in np.unique(np.linspace(0, len(probes.files) - 1, 8).astype(int)):
         file = probes.files[i]
         truth = probes.names[i] if probes.names else None
         tiles.append((data.decode(file, 112), f"probe\n{truth or Path(file).stem}", None))
+        verdict = ", no match" if answers[i] == NOBODY else ""
         for person, score in zip(found[i], scores[i]):
-            name, verdict, colour = people.names[person], "", None
-            if score < threshold:
-                verdict = ", no match"
-            elif truth:
-                colour = RED
-            if name == truth:
-                colour = GREEN
+            name = people.names[person]
+            wrong = truth and (name == answers[i]) != (name == truth)
+            colour = RED if wrong else None
             tiles.append((data.decode(people.files[person], 112), f"{score:.3f}{verdict}\n{name}", colour))
-    title = "Probes and the five nearest people of the gallery"
+            verdict = ""
+    title = "Probes and the five nearest of the gallery"
     data.sheet(path, title, [(heading, 1 + found.shape[1], tiles)])
 
 
 def embedding_panel(net, criterion, train):
-    """A chart of the 2-D embeddings of the first ten people's training images, their class weights as rays."""
+    """(chart, collapse()) of the 2-D embeddings of the first ten people's training images, class weights as rays."""
     rows = train.rows[train.labels[train.rows] < 10][:2000]
-    labels = train.labels[rows]
+    labels, weight = train.labels[rows], None
+    people = np.unique(labels)
     z = embed(net, train.images, mirror="none", unit=False, rows=rows).numpy()
     radius, series = np.linalg.norm(z, axis=1).max(), {}
-    for c in np.unique(labels):
-        if criterion.weight is not None:
-            x, y = F.normalize(criterion.weight[c].detach().cpu(), dim=0).numpy() * radius
+    if criterion.weight is not None:
+        weight = criterion.weight[people].detach().cpu().numpy()
+    for i, c in enumerate(people):
+        if weight is not None:
+            x, y = weight[i] / np.linalg.norm(weight[i]) * radius
             series[f"_ray {c}"] = [0, x], [0, y], "line", c
         x, y = z[labels == c].T
         series[f"_{c}"] = x, y, "points", c
-    return criterion.spec, "first number of the embedding", "second", series, "equal"
+    chart = criterion.spec, "first number of the embedding", "second", series, "equal"
+    return chart, collapse(z, labels, weight)
+
+
+def collapse(z, labels, weight=None):
+    """Neural collapse (Papyan, Han, Donoho 2020, 2008.08186) of embeddings z (N, D) of C people; all tend to 0.
+
+    nc1: the scatter within people over that between them, tr(S_within pinv(S_between)) / C. nc2: how far the cosines
+    of the centred means are from -1 / (C - 1), on average. nc3: |W/|W| - M/|M||^2 of the weight (C, D) and the means.
+    """
+    people, number = np.unique(labels, return_inverse=True)
+    means = np.stack([z[labels == c].mean(0) for c in people])
+    centred = means - means.mean(0)
+    within = z - means[number]
+    between = centred.T @ centred / len(people)
+    nc1 = np.trace(within.T @ within / len(z) @ np.linalg.pinv(between)) / len(people)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[~np.eye(len(people), dtype=bool)]
+    numbers = dict(nc1=float(nc1), nc2=float(np.mean(np.abs(cosines + 1 / (len(people) - 1)))))
+    if weight is not None:
+        difference = weight / np.linalg.norm(weight) - centred / np.linalg.norm(centred)
+        numbers["nc3"] = float(np.sum(difference ** 2))
+    return numbers
 
 
 def compare(folders):
-    """Runs of train.py, lowest validation EER first: (result, Markdown table)."""
-    runs = []
+    """Runs of train.py, lowest validation EER first, with every argument in which they differ: (result, table)."""
+    runs, arguments = [], []
     for folder in map(Path, folders):
         try:
-            runs.append(summary(folder))
+            run, args = summary(folder)
         except (ValueError, OSError) as e:
             print("left out:", e, file=sys.stderr)
+            continue
+        runs.append(run)
+        arguments.append(args)
     if not runs:
         raise ValueError(f"{' '.join(folders)}: no run of train.py with a best.pt and a log.csv; name runs/*")
+    names = {name for args in arguments for name in args} - {"arch", "loss", "out", "resume"}
+    for name in sorted(names):
+        values = [str(args.get(name)) for args in arguments]
+        if len(set(values)) > 1:
+            for run, value in zip(runs, values):
+                run[f"--{name.replace('_', '-')}"] = value
     runs.sort(key=lambda run: np.nan_to_num(run["EER"], nan=2))
     shown = {float: eer.percent, int: "{:,}".format, str: str}
     rows = [[shown[type(value)](value) for value in run.values()] for run in runs]
@@ -685,21 +1192,46 @@ def compare(folders):
 
 
 def summary(folder):
-    """What compare() tells of a run; ValueError or OSError where a file is missing or does not fit."""
+    """What compare() tells of a run, and its arguments; ValueError or OSError where a file is missing or unfit."""
     ckpt = load(folder / "best.pt")
-    log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
-    net, criterion = build(ckpt)
+    log = read_log(folder)
+    net, criterion = build(ckpt, path=folder / "best.pt")
     val, metrics = ckpt.get("val"), {"eer": np.nan, "tar@far=1e-2": np.nan}
     if val:
         metrics = eer.report(val["labels"].numpy(), val["scores"].numpy())
     try:
         row = {int(row["step"]): row for row in log}[ckpt["step"]]
-        return {"run": str(folder), "loss": criterion.spec, "arch": ckpt["args"]["arch"], "epochs": len(log),
-                "EER": metrics["eer"], "TAR at FAR 1e-2": metrics["tar@far=1e-2"],
-                "accuracy on dev": float(row["acc"]), "seconds": round(float(log[-1]["seconds"])),
-                "parameters": sum(p.numel() for p in [*net.parameters(), *criterion.parameters()])}
-    except KeyError:
-        raise ValueError(f"{folder}: log.csv lacks the step of best.pt") from None
+        run = {"run": str(folder), "loss": criterion.spec, "arch": ckpt["args"]["arch"], "epochs": len(log),
+               "EER": metrics["eer"], "TAR at FAR 1e-2": metrics["tar@far=1e-2"],
+               "accuracy on dev": float(row["acc"]), "seconds": round(float(log[-1]["seconds"])),
+               "images seen": images_seen(ckpt),
+               "parameters": sum(p.numel() for p in [*net.parameters(), *criterion.parameters()])}
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}: log.csv lacks the step of best.pt, or a column") from None
+    return run, ckpt["args"]
+
+
+def read_log(folder):
+    with open(data.regular(folder / "log.csv"), newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def images_seen(ckpt):
+    """By a checkpoint's backbone in all; an older one knows of its own run only."""
+    return ckpt.get("seen", ckpt.get("step", 0) * (ckpt["args"].get("batch_size") or 0))
+
+
+def identity_of(path, ckpt):
+    """(for --json, a line) which model a checkpoint is. best.pt is often a link: the run's own folder is named."""
+    path = Path(os.path.realpath(path))                     # Path.resolve() fails on a link to itself
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    step, epoch = ckpt.get("step"), None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):         # a checkpoint may stand alone
+        epoch = {int(row["step"]): int(row["epoch"]) for row in read_log(path.parent)}.get(step)
+    told = dict(run=str(path.parent), file=path.name, epoch=epoch, step=step, loss=ckpt["spec"],
+                arch=ckpt["args"]["arch"], date=date)
+    where = f"step {step}" if epoch is None else f"epoch {epoch}, step {step}"
+    return told, f"{path}: {where}, {told['loss']}, {told['arch']}, {date}"
 
 
 # ---- Command line: one checkpoint or file of scores --------------------------------------------------------------
@@ -718,15 +1250,21 @@ def outcome_of(path, args, threshold_from):
     if path.endswith(".csv"):
         return describe({"val_pairs": Scores(*eer.read(path), None)}, None)
     ckpt = load(path)
-    net, criterion = build(ckpt, args.device)
+    net, criterion = build(ckpt, args.device, path)
     if args.mirror == "concat" and criterion.score and args.metric in (None, "learned"):
         raise ValueError(f"--mirror concat: {criterion.spec} learned a metric of single embeddings; use mean")
     answer = evaluate_checkpoint
-    if args.files:
+    if args.export:
+        answer = export_checkpoint
+    elif args.files:
         answer = compare_images
     elif args.gallery:
         answer = identify
-    return answer(models.fold(net), criterion, ckpt, args, threshold_from)
+    elif embeds_folder(args):
+        answer = embed_folder
+    outcome = answer(models.fold(net), criterion, ckpt, args, threshold_from)
+    told, line = identity_of(path, ckpt)
+    return outcome._replace(result={"checkpoint": told, **outcome.result}, text=f"{line}\n{outcome.text}")
 
 
 def describe(scores, far, folds=None):
@@ -749,6 +1287,8 @@ def describe(scores, far, folds=None):
 def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
     """A checkpoint on a list of pairs, or on all that its own or another data set has."""
     faces, panel = find_faces(args, ckpt["args"]), None
+    if faces.test_pairs and len(args.ckpt) == 1:
+        check_writable(args.out or "submission.csv")
     draws_panel = args.plots and ckpt["args"]["dim"] == 2
     names = ["val_pairs", "test_pairs"]
     if faces.names == ckpt["names"]:
@@ -761,21 +1301,24 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
         files = [file for name in embeddings for file in sets[name].pairs.files]
         z = torch.cat(list(embeddings.values()))
         save_embeddings(args.save_embeddings, Embedded(z, files, None))
-    if draws_panel and "train" in sets:
-        panel = embedding_panel(net, criterion, sets["train"])
-
     result, lines = {}, [faces.note]
+    if draws_panel and "train" in sets:
+        panel, numbers = embedding_panel(net, criterion, sets["train"])
+        lines.append("neural collapse of the training embeddings drawn (0: complete):\n    "
+                     + "   ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
     if "val_pairs" in sets:
         if threshold_from:
             scores["threshold"] = threshold_scores(net, criterion, ckpt, args, threshold_from)
             if scores["threshold"] is None:
                 raise ValueError(f"{threshold_from}: no validation scores of this metric; name another best.pt")
         described = describe(scores, args.far, faces.val_pairs.folds)
-        result = described.result
+        result.update(described.result)
         lines += [str(faces.val_pairs.path or ""), described.text]
         if args.plots and len(args.ckpt) == 1:
             draw_hardest(args.plots, sets["val_pairs"], scores["val_pairs"].scores, result["threshold"])
     result.update(metrics)
+    if panel:
+        result.update(numbers)
     for name in ("dev", "test"):
         if name in sets:
             top1, top5 = result[f"{name}_acc1"], result[f"{name}_acc5"]
@@ -794,7 +1337,9 @@ def find_faces(args, trained):
         return faces._replace(test_pairs=pairs) if pairs.labels is None else faces._replace(val_pairs=pairs)
     faces = data.load(args.data or trained["data"], trained["holdout"], trained["seed"])
     if not (faces.val_pairs or faces.test_pairs):
-        raise ValueError(f"{faces.root}: neither val_pairs nor test_pairs; give --pairs and --images")
+        looked_for = ", ".join([*data.list_names("val_pairs"), *data.list_names("test_pairs")])
+        raise ValueError(f"{faces.root}: neither val_pairs nor test_pairs (looked for {looked_for}); give --pairs and"
+                         " --images")
     return faces
 
 
@@ -830,7 +1375,7 @@ def mean_scores(outcomes, name):
 
 def short_name(path, taken):
     """What to call a checkpoint: its run's folder if it is a best.pt or last.pt, otherwise the file's own name."""
-    resolved = Path(path).resolve()
+    resolved = Path(os.path.realpath(path))
     name = resolved.stem
     if name in ("best", "last") and resolved.parent.name not in taken:
         name = resolved.parent.name
@@ -865,17 +1410,25 @@ def print_result(result, text, as_json):
 
 
 def submit(outcomes, args):
-    """Write the test pairs' scores, of several checkpoints their mean, where there are any or --out asks for them."""
-    tests = mean_scores(outcomes, "test_pairs")
-    if not args.out and (not tests or len(outcomes) > 1):
-        return
-    if not tests:
+    """Write the test pairs' scores, of several checkpoints their mean, where there are any or --out asks for them.
+    A line about it, or None."""
+    tests, faces = mean_scores(outcomes, "test_pairs"), outcomes[-1].faces
+    if tests and (args.out or len(outcomes) == 1):
+        out = args.out or "submission.csv"
+        write_submission(out, tests.scores, faces.root)
+        return f"{len(tests.scores)} pairs of {faces.test_pairs.path} scored: {out}"
+    if len(outcomes) > 1 and args.out:
         raise ValueError(f"--out {args.out}: not every checkpoint has the same test pairs, so nothing is written;"
                          " leave it out, or name one set with --data, or --pairs without labels")
-    out, faces = args.out or "submission.csv", outcomes[-1].faces
-    write_submission(out, tests.scores, faces.root)
-    if not args.json:
-        print(f"{len(tests.scores)} pairs of {faces.test_pairs.path} scored: {out}")
+    if len(outcomes) > 1 or faces is None or args.pairs and not args.out:
+        return None
+    missing = f"{args.pairs} has labels, so they are no test pairs"
+    if not args.pairs:
+        missing = f"{faces.root} has none of {', '.join(data.list_names('test_pairs'))}"
+    if args.out:
+        raise ValueError(f"--out {args.out}: no submission is written, for {missing}; leave it out, or give --pairs"
+                         " without labels")
+    return f"no submission is written, for {missing}"
 
 
 def parse_args():
@@ -890,16 +1443,20 @@ def parse_args():
     add = parser.add_argument_group("what to judge").add_argument
     add("--data", help="data set to evaluate [the one the checkpoint was trained with]")
     add("--pairs", help="pairs to score instead of a data set's: the homework's .txt or .csv, LFW's lists")
-    add("--images", default=".", help="folder that the names in --pairs are relative to [.]")
+    add("--images", default=".", metavar="DIR", help="folder that the names in --pairs are relative to [.]; alone with"
+        " --save-embeddings, what to embed: a folder, or a text file that lists images")
     add("--gallery", metavar="DIR", help="known people: a folder each, or flat, or --save-embeddings' .npy")
     add("--probes", metavar="DIR", help="images to find in the gallery, likewise; sub-folders, or a"
         " verification_dev.csv beside the folder, tell who they are")
+    add("--pool", choices=["mean", "none"], default="mean", help="compare probes with the mean of a person's images in"
+        " the gallery, or with each image [mean]")
     add = parser.add_argument_group("how").add_argument
     add("--metric", choices=["cosine", "euclidean", "learned"], help="similarity of two embeddings [learned where the"
         " loss has one, otherwise cosine]")
     add("--mirror", choices=["mean", "concat", "none"], default="mean", help="what becomes of the embeddings of an"
         " image and its mirror image [mean]")
-    add("--far", type=float, help="decide at the threshold of this false accept rate, 1e-3 say [the EER's]")
+    add("--far", type=float, help="decide at the threshold of this false accept rate, 1e-3 say [the EER's]; with"
+        " --probes, the chance that a stranger finds anybody [0.01]")
     add("--threshold-from", metavar="FILE", nargs="+", default=[None], help="choose the threshold on these labelled"
         " pairs, images in --images, or on the validation pairs of a best.pt, one for each --ckpt: of pairs the most"
         " accurate, otherwise the EER's [the checkpoint's own pairs]")
@@ -910,15 +1467,29 @@ def parse_args():
         " --probes; embeddings.png for checkpoints of --dim 2 [none]")
     add("--save-embeddings", metavar="FILE.npy", help="the embeddings of the pairs' or the gallery's images, with"
         " FILE.txt listing the images; float16 for FILE.f16.npy [no]")
+    add("--export", metavar="FILE.pt2", help="the model as a program of torch.export: uint8 images (B, S, S, 3) to unit"
+        " embeddings [no]")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
     images = [name for name in args.ckpt if os.path.splitext(name)[1].lower() in data.SUFFIXES]
     args.files += images                                    # they may follow: --ckpt C one.jpg two.jpg
     args.ckpt = [name for name in args.ckpt if name not in images]
     check(args)
+    check_used(args, parser)
     if len(args.threshold_from) == 1:                       # for all checkpoints
         args.threshold_from *= len(args.ckpt)
     return args
+
+
+def embeds_folder(args):
+    """Whether --images is what to embed, not where the images of pairs lie."""
+    other = args.pairs or args.gallery or args.data or args.threshold_from[0]
+    return bool(args.save_embeddings and args.images != "." and not other)
+
+
+def takes_one_checkpoint(args):
+    """Whether the answer is another than scores of a set's pairs."""
+    return bool(args.files or args.gallery or args.export or embeds_folder(args))
 
 
 def check(args):
@@ -928,17 +1499,60 @@ def check(args):
     if args.far is not None and not 0 < args.far < 1:
         raise ValueError(f"--far {args.far:g}: a rate lies between 0 and 1; give 1e-3 for one in a thousand")
     if args.save_embeddings and (len(args.ckpt) > 1 or args.files):
-        raise ValueError("--save-embeddings takes one checkpoint, and pairs or a gallery")
+        raise ValueError("--save-embeddings takes one checkpoint, and pairs, a gallery or a folder of --images")
     if len(args.threshold_from) not in (1, len(args.ckpt)):
         raise ValueError(f"--threshold-from: {len(args.threshold_from)} files for {len(args.ckpt)} checkpoints;"
                          " give one each")
-    folder = Path(args.out or "submission.csv").resolve().parent
-    if not (args.compare or args.files or os.access(folder, os.W_OK)):
-        raise ValueError(f"{args.out or os.getcwd()}: that folder is not there or is read-only; give another --out")
+    if args.save_embeddings:
+        check_replaceable(args.save_embeddings)
+    out = args.out
+    if args.probes and not out:
+        out = "identification.csv"
+    for written in (out, args.save_embeddings, args.export):
+        if written:
+            check_writable(written)
     if args.probes and not args.gallery:
         raise ValueError("--probes needs --gallery, the images of known people")
-    if (args.files or args.gallery) and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
+    if takes_one_checkpoint(args) and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
         raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
+
+
+def check_writable(path):
+    folder = Path(os.path.realpath(path)).parent
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: its folder is not there or is read-only; give another --out")
+
+
+def check_used(args, parser):
+    """ValueError for an argument that has no say in what the others ask for."""
+    what, used = "here", {"ckpt", "device", "metric", "mirror", "json"}
+    if args.compare:
+        what, used = "with --compare", {"compare", "device", "json"}
+    elif all(path.endswith(".csv") for path in args.ckpt):
+        what, used = "with files of scores only", {"ckpt", "device", "plots", "json"}
+    elif args.export:
+        what, used = "with --export", used | {"export", "far", "threshold_from"}
+    elif args.files:
+        what, used = "with two images", used | {"files", "far", "threshold_from"}
+    elif args.gallery and args.probes:
+        what = "with --probes"
+        used |= {"gallery", "probes", "pool", "far", "threshold_from", "out", "plots", "save_embeddings"}
+    elif args.gallery:
+        what, used = "with --gallery without --probes", used | {"gallery", "save_embeddings"}
+    elif embeds_folder(args):
+        what, used = "with --images to embed", used | {"images", "save_embeddings"}
+    else:
+        used |= {"data", "threshold_from", "out", "plots", "save_embeddings"}
+        if args.pairs:
+            what, used = "with --pairs", used - {"data"} | {"pairs", "images"}
+        if args.threshold_from[0]:
+            used |= {"far"}
+    if "threshold_from" in used and any(args.threshold_from):
+        used |= {"images"}
+    for name, value in vars(args).items():
+        if name not in used and value and value != parser.get_default(name):
+            flag = "two images" if name == "files" else "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: does nothing {what}; leave it out, or see --help for what it goes with")
 
 
 def main():
@@ -964,9 +1578,14 @@ def main():
     # Pictures, text or JSON, the submission.
     if args.plots:
         draw(args.plots, outcomes)
-    print_outcomes(outcomes, args.json)
-    if not (args.files or args.gallery):
-        submit(each, args)
+    line = None
+    try:
+        if not takes_one_checkpoint(args):
+            line = submit(each, args)
+    finally:                                                # files first, and no file is no reason to be silent
+        print_outcomes(outcomes, args.json)
+    if line and not args.json:
+        print(line)
 
 
 if __name__ == "__main__":
