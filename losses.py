@@ -9,7 +9,8 @@
 x is an embedding, w_j the weight vector of class j, x^ and w^ are their unit vectors. t = cos theta = x^.w^_y is the
 cosine with the true class y. C is the number of classes, D the dimension. Losses are averaged over the batch.
 sample=0.1: only a tenth of the classes, with all those of the batch, takes part in a step (draw_classes).
-s and m shown as auto follow the set of images (default_scale_and_margin); arcface:s=64,m=0.5 is ArcFace as published.
+s and m shown as auto follow from the number of classes and images (default_scale_and_margin); arcface:s=64,m=0.5 is
+ArcFace as published.
 
 A loss is an nn.Module: __init__ takes its arguments, forward takes (x, y) and returns a scalar. To add one, write the
 class and a line in LOSSES. One step of ArcFace:
@@ -21,7 +22,8 @@ class and a line in LOSSES. One step of ArcFace:
     mean of log sum_j e^{l_j} - l_y         Target.cross_entropy
 
 Everything is computed in float32 at least, whatever the backbone used: with s = 64, cosines from bf16 change the
-logits by 0.1, and in fp16 a zero vector normalises to NaN. (On GPUs train.py lets products be TF32: off by 0.004.)
+logits by 0.1, and in fp16 a zero vector normalises to NaN. (On GPUs train.py allows TF32 products: they change logits
+by 0.004.)
 
 Several processes: see "Class weights divided among processes". With one process that section is never used.
 """
@@ -41,7 +43,7 @@ import torch.nn.functional as F
 # ---- ArcFace: unit vectors, one margin, cross-entropy, class weights -----------------------------------------
 
 def unit(x):
-    """x / ||x|| along the last axis; zero stays zero, and has no gradient instead of an infinite one."""
+    """x / ||x|| along the last axis. A zero vector stays zero, with gradient zero instead of infinity."""
     norm = x.norm(dim=-1, keepdim=True)
     return x / norm.masked_fill(norm < 1e-6, math.inf)
 
@@ -62,7 +64,7 @@ class Cosines(torch.autograd.Function):
         x, w, inverse = ctx.saved_tensors
         grad = grad * inverse
         to_w = grad.T @ x
-        # The length of w does not matter: the part of the gradient along w goes.
+        # The length of w does not matter: remove the part of the gradient along w.
         along = torch.linalg.vecdot(to_w, w) * inverse ** 2
         return grad @ w, to_w.addcmul_(w, along[:, None], value=-1)
 
@@ -70,7 +72,8 @@ class Cosines(torch.autograd.Function):
 def psi(t, m1=1.0, m2=0.0, m3=0.0):
     """The margins of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the cosine t.
     psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls for every angle;
-    cos(theta + m) alone rises again beyond pi - m. m2 and m3 may be tensors with gradient; t has none."""
+    cos(theta + m) alone rises again beyond pi - m. m2 and m3 may be tensors with gradient; t comes
+    without one (detached)."""
     a = m1 * t.clamp(-1, 1).acos() + m2                                 # rounding puts cosines beyond 1
     k = torch.floor(a / math.pi)
     sign = 1 - 2 * (k % 2)
@@ -90,7 +93,7 @@ class Target(NamedTuple):
     column: torch.Tensor
 
     def own_logit(self, logits):
-        """(B, 1): the logit of the true class. By index: gather() would keep all logits for its gradient."""
+        """(B, 1): the logit of the true class. By index, because gather() keeps all logits for its gradient."""
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, self.column][:, None]
 
@@ -115,7 +118,7 @@ class Target(NamedTuple):
         return w[self.column]
 
     def cross_entropy(self, logits, smooth=0.0):
-        """Mean of log sum_j e^{l_j} - l_y. Label smoothing: a part smooth of the target is shared by all classes."""
+        """Mean of log sum_j e^{l_j} - l_y. Label smoothing: all classes share the fraction smooth of the target."""
         return F.cross_entropy(logits, self.column, label_smoothing=smooth)
 
 
@@ -209,7 +212,7 @@ class MarginSoftmax(ClassWeights):
 
 class ArcFace(MarginSoftmax):
     """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
-    Flat at 15-20 means too high a learning rate, not a bug. m = 0.3 for noisy or small sets."""
+    If the loss stays at 15 to 20, lower the learning rate. m = 0.3 for noisy or small sets."""
 
     def __init__(self, dim, classes, s=None, m=None, exact=False, sample=1.0):
         super().__init__(dim, classes, s, sample, m2=m, exact=exact)

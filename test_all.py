@@ -5185,9 +5185,45 @@ def row_of_loss(name, cls):
     return f"\n| `{name}` | {', '.join(arguments) or '-'} | {about} |\n"
 
 
+def pages():
+    return [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_and_docs_link_to_files_and_headings_that_exist():
+    assert len((HERE / "README.md").read_text()) <= 12_000
+    for page in pages():
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if link.startswith("http"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors_of(target), f"{page.name}: {link}"
+
+
+def test_readme_and_docs_use_flags_that_exist(tmp):
+    flags_of = {"eer": set(), "test_all": set()}
+    for script in (data, train, verify):
+        text, _ = run(script, "--help", cwd=tmp)
+        flags_of[script.__name__] = set(re.findall(r"--[a-z][a-z-]*", text))
+    found = 0
+    for page in pages():
+        text = page.read_text().replace("\\\n", " ")
+        for name, arguments in re.findall(r"\b(data|train|verify|eer|test_all)\.py ([^#\n;`|]*)", text):
+            used = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", arguments))
+            assert used <= flags_of[name], f"{page.name}: {name}.py has no {used - flags_of[name]}"
+            found += 1
+    assert found > 50
+
+
 def test_readme_and_docs_have_a_row_for_each_architecture_loss_and_alias():
-    pages = [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))]
-    text = "\n".join(page.read_text() for page in pages)
+    text = "\n".join(page.read_text() for page in pages())
     rows = [f"| `{arch}` |" for arch in models.ARCHS]
     rows += [f"\n| `{alias}` | `{spec}` |\n" for alias, spec in losses.ALIASES.items()]
     rows += map(row_of_loss, losses.LOSSES, losses.LOSSES.values())
