@@ -16,7 +16,7 @@ An image is decoded once, brought upright to RGB as a viewer shows it, cropped t
 uint8 (S, S, 3) into a pack: one memory-mapped file, named after a digest of the files it came from, with a checksum.
 A batch is gathered from the pack by index and augmented on the device, each image with random numbers of its own.
 
-Nobody's: hidden files and folders, what systems leave behind (__MACOSX), and runs of train.py. Files without an
+Ignored: hidden files and folders, those of operating systems (__MACOSX), and runs of train.py. Files without an
 image's suffix are skipped, counted and named.
 """
 import argparse
@@ -82,8 +82,8 @@ class Split(NamedTuple):
 
 
 class FaceSet(NamedTuple):
-    """A data set, as load() finds it. names: of the people, class c is names[c]. note: a line about
-    what was decided."""
+    """A data set, as load() finds it. names: of the people, class c is names[c]. note: a line for
+    the user: people held out, files skipped."""
     root: Path
     names: list
     train: Split
@@ -357,7 +357,7 @@ def hold_out(files, labels, share, seed):
     for row, person in enumerate(labels):
         rows_of.setdefault(person, []).append(row)
     several = [p for p in rows_of if len(rows_of[p]) > 1]
-    # an impostor pair takes two people, and so does training
+    # at least two people are held out, for impostor pairs, and two are left to train on
     n = min(max(2, round(share * len(several))), len(rows_of) - 2)
     if n < 2 or len(several) < 2:
         raise ValueError(f"{len(rows_of)} people, {len(several)} of them with two images or more, are too few to hold"
@@ -366,7 +366,7 @@ def hold_out(files, labels, share, seed):
     genuine, impostor = [], []
     for person in held_out:
         own = rows_of[person]
-        pairs = math.comb(len(own), 2)                      # a million for 1,500 images: numbered, not listed
+        pairs = math.comb(len(own), 2)                      # can be a million: draw their numbers, do not list them
         for pair in rng.choice(pairs, min(pairs, 10), replace=False).tolist():
             second = (1 + math.isqrt(1 + 8 * pair)) // 2    # pairs 0 (0, 1), 1 (0, 2), 2 (1, 2), 3 (0, 3), ...
             first = pair - math.comb(second, 2)
@@ -385,8 +385,7 @@ def hold_out(files, labels, share, seed):
 
 
 def number_classes(files, labels, class_of):
-    """Split of (files, labels) with the people's numbers for their names; None where there are no
-    files."""
+    """Split of (files, labels) with class numbers in place of names; None without files."""
     if not files:
         return None
     if labels is None:
@@ -407,7 +406,7 @@ def without_people(files, labels, people):
 
 
 def describe_missing(root, skipped, lists):
-    """What load() looked for or found, and did not take: lines for FaceSet.note. lists: {name:
+    """Pair lists that load() did not find and files that it skipped: lines for FaceSet.note. lists: {name:
     Pairs or None}."""
     notes = []
     for name, pairs in lists.items():
@@ -455,7 +454,7 @@ def load(path, holdout=0.1, seed=0):
 
 
 def file_state(file):
-    """(length in bytes, time of change) of a file; (-1, 0) of a link that leads nowhere."""
+    """(length in bytes, time of change) of a file; (-1, 0) if it cannot be read, such as a dangling link."""
     try:
         state = os.stat(file)
     except OSError:
@@ -575,7 +574,7 @@ def native_size(files):
 
 
 def release_pages(rows):
-    """Let go of the pages of a memory map; every page ever read would count as resident memory."""
+    """Tell the system that pages read so far may go; else resident memory grows to the pack's size."""
     if hasattr(mmap, "MADV_DONTNEED"):
         rows._mmap.madvise(mmap.MADV_DONTNEED)
 
@@ -640,7 +639,7 @@ def reserve(path, shape):
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             f.close()
-            return None                                     # others: a file system that cannot allocate
+            return None                                     # other errors: it cannot reserve space; go on without
     np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return f
 
@@ -740,7 +739,7 @@ def build_pack(target, listing, has_room, files, size, crop, what):
         temporary.unlink(missing_ok=True)
     if out:
         kind, _ = target.name.rsplit("-", 1)
-        for old in target.parent.glob(f"{kind}-*"):         # who still has it mapped keeps it until the end
+        for old in target.parent.glob(f"{kind}-*"):         # a process that has it mapped can go on reading it
             if not old.name.startswith(target.stem):
                 with contextlib.suppress(OSError):          # on Windows it stays, too
                     old.unlink()
@@ -784,7 +783,7 @@ def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
 # ---- Batches: drawn, gathered one ahead, augmented on the device ---------------------------------------------
 
 def epoch_batches(labels, rows, batch_size, seed, epoch, per_person=0):
-    """(steps, batch) row numbers of an epoch, a function of seed and epoch: a permutation of rows;
+    """(steps, batch) row numbers of an epoch, fixed by seed and epoch: the rows shuffled, an incomplete last batch dropped;
     or, with per_person = K, batches of P people x K images, see batches_of_people()."""
     rng = np.random.default_rng((seed, epoch))
     rows = rng.permutation(rows)
@@ -803,7 +802,7 @@ def batches_of_people(labels, rows, batch_size, per_person, rng):
                          f" give {2 * per_person} or more, or fewer a person")
     rows = rows[np.argsort(labels[rows], kind="stable")]    # people together, the images of each in random order
     images_of = np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
-    groups = max(2, math.ceil(len(rows) / per_person))      # as many images as in other epochs
+    groups = max(2, math.ceil(len(rows) / per_person))      # groups of K images; together about len(rows)
     people = min(batch_size // per_person, groups)
     steps = groups // people
     drawn = []                                              # the people of each batch
@@ -823,7 +822,7 @@ def batches_of_people(labels, rows, batch_size, per_person, rng):
 def batches(images, order, device, local_rows=slice(None)):
     """For each index array of order: (index (B,), uint8 images (B, S, S, 3)) on the device, or only
     the images local_rows of the batch. A thread gathers the next batch meanwhile; for CUDA into
-    pinned memory, which alone may be copied without waiting."""
+    pinned memory: only from there is the copy asynchronous."""
     is_cuda = device.type == "cuda"
 
     def fetch(index):
@@ -857,8 +856,7 @@ def normalise(x):
 
 
 # Strengths of each augmentation, in short runs and from 16 epochs on, and what it means. On 6,820
-# images the milder were worth two points of EER after 6 epochs, the stronger more than two after 24
-# (README).
+# images the milder were worth two points of EER after 6 epochs, the stronger more than two after 24.
 AUGMENT = dict(
     mirror=(0.5, 0.5, "probability of a mirror image"),
     rotate=(4, 10, "largest rotation, degrees"),
@@ -879,7 +877,7 @@ def augment_kernel(out, x, of_column, of_row, matrix, offset, erase_mask):
     over memory, one if compiled (train.py --compile).
     """
     b, side = x.shape[:2]
-    # beyond the edge: its pixel
+    # outside the image: the pixel at its edge
     source = (of_column + of_row).clamp_(0, (side << 16) - 1).bitwise_right_shift_(16)
     column, row = source.unbind(1)                          # (B, S, S) each
     image = torch.arange(0, b * side * side, side * side, dtype=torch.int32, device=x.device)

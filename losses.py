@@ -214,6 +214,7 @@ class ArcFace(MarginSoftmax):
     """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
     If the loss stays at 15 to 20, lower the learning rate. m = 0.3 for noisy or small sets."""
 
+    # s and m that are not given: default_scale_and_margin()
     def __init__(self, dim, classes, s=None, m=None, exact=False, sample=1.0):
         super().__init__(dim, classes, s, sample, m2=m, exact=exact)
 
@@ -1312,7 +1313,7 @@ ALIASES = {
 
 def default_scale_and_margin(cls, classes, images):
     """s and m for so many classes and training images, where an expression leaves them open. The published 64 and 0.5
-    suit 10,000 people and more; 200 people ended at 6.8 % EER with them, at 3.6 % with these (README). s: four times
+    suit 10,000 people and more; 200 people ended at 6.8 % EER with them, at 3.6 % with these. s: four times
     sqrt 2 ln(C - 1), the least that works by AdaCos, up to 64: 30 for 200, 51 for 8,631. m of the angular margins: 0.3
     below 10,000. With fewer than five images a person, which are soon learned by heart, both are at most half of
     that: 3,318 people with 2.1 images ended at 18.1 % with s = 46, m = 0.3 and at 15.7 % with s = 20, m = 0.15."""

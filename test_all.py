@@ -2844,9 +2844,10 @@ def test_distributed_batch_norm_equals_that_of_the_whole_batch(tmp):
     assert processes(2, task, tmp) == [True] * 2
 
 
-DIVIDED = ("ce ce:smooth=0.1 modified l2softmax:learn=true normface coco vmf vmf:shared=true adacos lsoftmax asoftmax "
-           "sphereface am cosface arcface arcface:exact=true combined curricular subcenter adaface magface elastic sphereface2 uniface "
-           "circle_class groupface ce+regular subcenter+regular+0.1*triplet+0.01*center+uniform").split()
+DIVIDED = ("ce ce:smooth=0.1 modified l2softmax:learn=true normface coco vmf vmf:shared=true adacos lsoftmax "
+           "asoftmax sphereface am cosface arcface arcface:exact=true combined curricular subcenter adaface magface "
+           "elastic sphereface2 uniface circle_class groupface ce+regular "
+           "subcenter+regular+0.1*triplet+0.01*center+uniform").split()
 
 
 def two_steps(spec, shard):

@@ -5,17 +5,17 @@
     python train.py --data HW2p2_S25 --init best.pt --loss arcface      # go on under another loss
     python train.py --resume --out runs/arcface_resnet34        # go on after an interruption
     python train.py --loss help; python train.py --arch help    # what there is
-    torchrun --nproc_per_node 8 train.py --loss arcface --shard         # eight GPUs, the result of one
+    torchrun --standalone --nproc_per_node 8 train.py --shard           # eight GPUs, the result of one
 
-Writes OUT/best.pt (lowest validation EER), OUT/last.pt, OUT/log.csv, OUT/curves.png and links best.pt here.
+Writes OUT/best.pt (lowest validation EER), last.pt, log.csv, args.json and curves.png, and links best.pt here.
 
 Everything random is a function of (seed, epoch) or (seed, step): the order of the images, their augmentation,
 dropout, random margins. Nothing random is stored, and a resumed run equals an uninterrupted one: bit for bit on a CPU,
 on GPUs as nearly as their atomic additions allow, and with the same --amp.
 
 In reading order: arguments; the run; the loop; data; the run's folder; several processes, which nobody with one GPU
-needs; main. To change the schedule of the learning rate see lr_factor(), what is saved Run.state(), one step
-train_step(), how batches are drawn data.epoch_batches(), default margins losses.default_scale_and_margin().
+needs; main. To change the schedule of the learning rate see lr_factor(), what is saved Run.state() and save_last(),
+one step train_step(), how batches are drawn data.epoch_batches(), default margins losses.default_scale_and_margin().
 """
 import argparse
 import contextlib
@@ -120,7 +120,7 @@ def parser_of_arguments():
     g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, help="of everything random [0]")
     g.add_argument("--device", default=default_device, type=verify.device, help="[%(default)s]")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the backbone;"
-                   " auto is bf16 where the hardware multiplies it, else fp16 on GPUs [auto]")
+                   " auto is bf16 where the hardware multiplies it, else fp16 on CUDA, else off [auto]")
     g.add_argument("--compile", action="store_true", help="torch.compile the backbone and the augmentation; needs"
                    " a C++ compiler")
     return parser
@@ -151,6 +151,8 @@ def check_arguments(args):
                          f" {args.per_person} images in a batch; give at least {2 * args.per_person}")
     if args.arch not in models.ARCHS:
         models.make(args.arch)
+    if args.shard and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise ValueError("--shard divides class weights among processes, and there is one; start several with torchrun")
     if args.freeze and not args.init:
         raise ValueError("--freeze needs --init CKPT; there is nothing trained to freeze")
     if args.init:
@@ -209,7 +211,8 @@ def resumed_arguments(parser, args):
 
 
 def precision(device):
-    """The fastest precision that the hardware supports: bf16 on Ampere and later and CPUs with AVX512-BF16 or AMX, fp16 on older GPUs."""
+    """The fastest precision that the hardware supports: bf16 on Ampere and later and on CPUs with AVX512-BF16 or AMX,
+    fp16 on older GPUs."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     cpu_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -261,8 +264,9 @@ def make_optimizer(args, params):
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if args.opt == "sgd":
         opt = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
-        for p in params:                                        # else a first step that fp16 skips leaves them unfilled,
-            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)       # and the fused kernel reads them at the next
+        # If fp16 skips the first step, the fused kernel leaves the buffers unfilled and reads them at the next.
+        for p in params:
+            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return opt
     return torch.optim.AdamW(groups, args.lr, fused=True)
 
@@ -279,7 +283,7 @@ class Run:
         self.ema_net, self.averaged = None, None
         if args.ema:
             self.ema_net = copy.deepcopy(net).requires_grad_(False)
-            self.averaged = split_by_kind(self.ema_net), split_by_kind(net)
+            self.averaged = split_by_kind(self.ema_net), split_by_kind(net)      # lists made once, not at each step
         self.trainable = [p for p in [*net.parameters(), *criterion.parameters()] if p.requires_grad]
         if not self.trainable:
             raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
@@ -316,7 +320,7 @@ class Run:
         self.epoch_began = self.saved_at = time.monotonic()
         self.stopping = False                                   # Ctrl-C or SIGTERM came
         self.writer = ThreadPoolExecutor(1)
-        self.writing = self.writer.submit(int)                  # what is being written, see save(): nothing yet
+        self.writing = self.writer.submit(lambda: None)         # what is being written, see save(): nothing yet
         self.best_is_copied = False                             # see link_best()
         self.busy_noted = False                                 # see note_busy_machine()
 
@@ -390,7 +394,7 @@ class Run:
                              " now; start a new run")
         if ckpt.get("data_digest", self.data_digest) != self.data_digest:
             raise ValueError(f"{self.args.data} has changed since {path}: other files, labels or validation pairs;"
-                             " start a new run, perhaps with --init {path}")
+                             f" start a new run, perhaps with --init {path}")
         try:
             loss_state, opt_state = map_class_rows(losses.shard_class_rows, self, ckpt["loss"], ckpt["opt"])
             self.net.load_state_dict(ckpt["model"])
@@ -426,11 +430,12 @@ class Run:
 # ---- The loop --------------------------------------------------------------------------------------------------
 
 def lr_factor(step, total, warmup):
-    """Share of the peak learning rate at a step: linear warm-up, then half a cosine to zero."""
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, total - rise))
+    """Share of the peak learning rate, asked for at each step by train_step(): a linear warm-up, then half a cosine to
+    zero. total is that of --epochs, so that more epochs when resuming stretch the cosine."""
+    warmup_steps = max(1, round(warmup * total))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps))
 
 
 AUGMENTATION, DROPOUT, LOSS = 0, 1, 2 ** 31                     # what a step draws random numbers for
@@ -513,7 +518,7 @@ def split_by_kind(net):
 
 
 def update_average(averaged, decay):
-    """average = decay average + (1 - decay) weights, in one call for all tensors; see Run.averaged."""
+    """average = decay average + (1 - decay) weights, in one call for all tensors. averaged is Run's."""
     (averages, copies), (weights, counts) = averaged
     torch._foreach_lerp_(averages, weights, 1 - decay)
     torch._foreach_copy_(copies, counts)
@@ -581,9 +586,10 @@ def note_busy_machine(run, row):
     best_rate = max([previous["img_per_s"] for previous in run.log], default=0)
     if row["img_per_s"] < best_rate / 3 and not run.busy_noted:
         run.busy_noted = True
-        print(f"note: {row['img_per_s']:.0f} images/s, after {best_rate:.0f} in an earlier epoch: other work runs on this"
-              f" machine; fewer threads may be quicker: stop, then OMP_NUM_THREADS={max(1, torch.get_num_threads() // 2)}"
-              f" python train.py --resume --out {run.out}")
+        threads = max(1, torch.get_num_threads() // 2)
+        print(f"note: {row['img_per_s']:.0f} images/s, after {best_rate:.0f} in an earlier epoch: other work runs on"
+              f" this machine; fewer threads may be quicker: stop, then OMP_NUM_THREADS={threads} python train.py"
+              f" --resume --out {run.out}")
 
 
 def print_row(row, with_names):
@@ -636,6 +642,7 @@ def run_dir(args, resume=False):
         folder = Path(f"{base}_{len(taken) + 1}")
     if not resume:
         return folder
+    taken = [folder for folder in taken if (folder / "last.pt").exists()]
     if not taken:
         raise ValueError(f"{base}: no run to resume; name its folder with --out")
     return taken[-1]
@@ -643,7 +650,7 @@ def run_dir(args, resume=False):
 
 def create_run_dir(args):
     """(folder, lock) of a new run. Creating log.csv exclusively stops two new runs from sharing a folder; the lock
-    stops two that resume. A run that was killed before its first save leaves its folder free."""
+    stops two that resume. With --out, a run that was killed before its first save leaves its folder free."""
     while True:
         out = Path(args.out) if args.out else run_dir(args)
         out.mkdir(parents=True, exist_ok=True)

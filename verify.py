@@ -1,4 +1,4 @@
-"""Tell whether two faces are of the same person, and who of many a face is.
+"""Tell whether two faces are of the same person, and find whose face it is among many.
 
     python verify.py --ckpt best.pt                              # the checkpoint's data: EER, submission.csv
     python verify.py --ckpt best.pt --data DIR --out my.csv
@@ -7,7 +7,7 @@
     python verify.py --ckpt best.pt --gallery known --probes unknown     # who each probe is, or nobody of the gallery
     python verify.py --ckpt best.pt --images DIR --save-embeddings z.npy # a folder's embeddings, with a listing
     python verify.py --ckpt best.pt --export face.pt2            # the model as a program that needs torch alone
-    python verify.py --ckpt a.pt b.pt --out both.csv             # each, and together: the mean of their scores
+    python verify.py --ckpt a.pt b.pt --out both.csv             # each alone, then the mean of their scores
     python verify.py --ckpt a.pt scores.csv --plots DIR          # ROC curves over each other, histograms, hard pairs
     python verify.py --compare runs/*                            # a table of what was tried
 
@@ -351,7 +351,7 @@ def check_images(images, size):
 def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None, rows=None, quiet=False):
     """uint8 images (N, S, S, 3), an array or data.Images -> embeddings (N, D) float32 on the CPU.
 
-    rows selects images by number; project, mirror and unit are Embedder's; quiet: no progress. ValueError for images
+    rows selects images by number; project, mirror and unit are Embedder's; quiet: show no progress line. ValueError for images
     of another type or size than the model's, and if an embedding is not finite.
     With several processes each embeds a part of the images, and all receive all embeddings.
     """
@@ -360,7 +360,7 @@ def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None
     net = models.fold(model).to(memory_format=data.memory_format(device))
     embedder = Embedder(net, project, mirror, unit)
     if batch_size is None:
-        batch_size = 64 if device.type == "cpu" else 256    # more does not stay in a CPU's cache
+        batch_size = 64 if device.type == "cpu" else 256    # larger batches overflow a CPU's cache
     if rows is None:
         rows = np.arange(len(images))
     rank, world_size = 0, 1
@@ -536,7 +536,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
-    """The one evaluation: of train.py after each epoch, and of verify.py for val, dev and test alike.
+    """Used by train.py after each epoch and by verify.py, so that both give the same numbers.
 
     sets maps train, dev and test to data.ImageSet, val_pairs and test_pairs to data.PairSet; any may be missing.
     """
@@ -584,7 +584,7 @@ class Verifier:
     """
 
     def __init__(self, path="best.pt", device=None):
-        """path: a checkpoint of train.py. device: [a GPU where there is one]."""
+        """path: a checkpoint of train.py. device: None takes a GPU if there is one."""
         ckpt = load(path)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -645,7 +645,7 @@ def checked_image(i, image):
         return image
     try:
         if isinstance(image, Image.Image):
-            image.load()                                    # a file that was opened may yet be broken
+            image.load()                                    # PIL decodes only here, so a broken file fails here
             return image
         found = type(image).__name__
         if isinstance(image, np.ndarray):
@@ -1582,7 +1582,7 @@ def main():
     try:
         if not takes_one_checkpoint(args):
             line = submit(each, args)
-    finally:                                                # files first, and no file is no reason to be silent
+    finally:                                                # print even if submit() fails
         print_outcomes(outcomes, args.json)
     if line and not args.json:
         print(line)
