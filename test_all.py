@@ -1832,6 +1832,8 @@ def test_train_writes_its_arguments_and_counts_the_images_seen(tmp):
     tiny(tmp, "--init", "first/best.pt", "--out", "second", "--steps", 2)
     run(train, "--resume", "--out", "second", "--steps", 99, cwd=tmp)
     assert verify.load(tmp / "second/last.pt")["seen"] == (3 + 6) * 16
+    old = {name: value for name, value in first.items() if name != "seen"}
+    assert verify.images_seen(old) == 3 * 16                # of a checkpoint from before it was counted
 
 
 def test_train_names_a_busy_machine_once():

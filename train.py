@@ -405,7 +405,7 @@ class Run:
             if self.ema_net is not None:
                 self.ema_net.load_state_dict(ckpt["ema"])
             self.step, self.best, self.log = ckpt["step"], ckpt["best"], ckpt["log"]
-            self.seen_before = ckpt.get("seen", 0) - self.step * self.batch_size
+            self.seen_before = verify.images_seen(ckpt) - self.step * self.batch_size
             self.epoch_stats = ckpt["sums"].to(self.device)
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{path} is not the last.pt of this version's run; start anew, perhaps with --init"
