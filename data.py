@@ -894,7 +894,9 @@ def augment_kernel(out, x, of_column, of_row, matrix, offset, erase_mask):
 
 
 # The three functions below take u (B, 13, 1, 1), random numbers in -1..1; most, the strengths by
-# name; and position (S,), how far each pixel of a row or column is from the middle.
+# name; and position (S,), how far each pixel of a row or column is from the middle. Columns of u:
+# 0 rotation, 1 zoom, 2 mirror, 3 and 4 shift, 5 brightness, 6 contrast, 7 saturation; of the erased
+# box 8 and 9 half the sides, 10 and 11 the centre, 12 whether there is one.
 
 def source_offsets(u, most, position):
     """Where each pixel comes from, by mirror, rotation, zoom and shift: its place (x, y) in the

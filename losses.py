@@ -1409,14 +1409,6 @@ class Loss(nn.Module):
         for term in self.terms:
             term.run_length = steps
 
-    def rate_of_parameters(self):
-        """{name in state_dict: factor on the run's learning rate} of the terms that want a rate of their own."""
-        rates = {}
-        for i, term in enumerate(self.terms):
-            if hasattr(term, "own_rate"):
-                rates |= {f"terms.{i}.{name}": term.own_rate for name, _ in term.named_parameters()}
-        return rates
-
     def notes(self):
         """Lines of advice about what can be computed and is hardly meant."""
         lines = []

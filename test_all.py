@@ -37,6 +37,7 @@ import tracemalloc
 import unicodedata
 import warnings
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,8 @@ GPU_HIDDEN = len(sys.argv) == 1 or any("cuda" not in word and word != "slow_benc
 GPUS_GIVEN = os.environ.get("CUDA_VISIBLE_DEVICES")
 if GPU_HIDDEN:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+IN_PARALLEL = len(sys.argv) == 1 and (os.cpu_count() or 1) > 1
+THREADS = 1 if IN_PARALLEL else 2
 
 import numpy as np
 import torch
@@ -1439,7 +1442,8 @@ def test_verify_follows_the_checkpoint_that_train_wrote(tmp):
 
 RUNS = {"sgd, margin": ("--opt", "sgd"), "adamw, buffers, ema": ("--lr", "1e-3", "--loss", "curricular", "--ema", ".9"),
         "balanced, sum": ("--loss", "ce+0.1*triplet+0.003*center", "--per-person", "2", "--ema", ".5"),
-        "drawn margins, drop-path": ("--loss", "elastic", "--arch", "convnext_atto")}
+        "drawn margins, drop-path": ("--loss", "elastic", "--arch", "convnext_atto"),
+        "muon, end above 0": ("--opt", "muon", "--loss", "cosface", "--lr-end", ".3", "--ema", ".9")}
 
 
 def same(a, b, path=""):
@@ -1473,7 +1477,7 @@ def interrupted(number, step):
 
 def test_train_resumed_equals_uninterrupted(tmp):
     """After --steps, and after SIGINT and SIGTERM, which finish the step, save and say how to go on."""
-    stops = (1, None), (2, signal.SIGINT), (3, None), (5, signal.SIGTERM)       # of 6 steps; 3 is an epoch's end
+    stops = (1, None), (2, signal.SIGINT), (3, None), (5, signal.SIGTERM), (4, None)    # of 6 steps, 3 an epoch
     with mock.patch.dict(models.CONVNEXT, atto=((1, 1, 1, 1), 16, 0.5)):        # small, drops much
         for (name, flags), (step, number) in zip(RUNS.items(), stops):
             whole, parts = tmp / name / "whole", tmp / name / "parts"
@@ -1712,6 +1716,100 @@ def test_train_learning_rate_warms_up_then_falls_as_a_cosine():
     assert shares[0] == 0.1 and max(shares) == shares[9] == 1
     assert shares[10:] == sorted(shares[10:], reverse=True)
     close(shares[55], 0.5)
+    with_end = [train.lr_factor(i, 100, 0.1, end=0.3) for i in range(100)]
+    assert with_end[:10] == shares[:10]
+    for share, value in zip(shares[10:], with_end[10:]):
+        close(value, 0.3 + 0.7 * share)
+
+
+def test_train_muon_brings_singular_values_near_one_and_keeps_the_vectors():
+    torch.manual_seed(0)
+    for n, m in (12, 40), (40, 12), (8, 8):
+        u, s, v = torch.linalg.svd(torch.randn(2, n, m), full_matrices=False)
+        values = torch.linspace(1, 0.1, s.shape[1])
+        x = u * values @ v
+        found = u.mT @ train.orthogonalise(x) @ v.mT                            # diagonal, if the vectors are kept
+        diagonal = found.diagonal(dim1=1, dim2=2)
+        close(found, torch.diag_embed(diagonal), 1e-5)
+        assert 0.68 < diagonal.min() and diagonal.max() < 1.21
+        close(train.length(x).flatten(), values.norm().expand(2), 1e-6)
+
+
+def muon_of_three_kernels():
+    """(kernels, two of one shape; a matrix and a bias; the Muon of all of them)."""
+    kernels = [nn.Parameter(torch.randn(shape)) for shape in ((6, 4, 3, 3), (6, 4, 3, 3), (5, 6, 1, 1))]
+    others = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))]
+    groups = [{"params": [others[0]], "weight_decay": 0.5}, {"params": [others[1]], "weight_decay": 0.0}]
+    return kernels, others, train.Muon(groups, kernels, 0.01)
+
+
+def draw_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def test_train_muon_turns_kernels_by_the_formula_and_gives_the_rest_to_adamw():
+    torch.manual_seed(0)
+    kernels, others, opt = muon_of_three_kernels()
+    copies = [nn.Parameter(p.detach().clone()) for p in others]
+    adamw = torch.optim.AdamW([{"params": [copies[0]], "weight_decay": 0.5}, {"params": [copies[1]]}], 0.01,
+                              weight_decay=0, fused=True)
+    opt.param_groups[-1]["lr"] = 0.3 / 20
+    momenta = [0.0, 0.0, 0.0]
+    for seed in range(3):
+        before = [w.detach().clone() for w in kernels]
+        draw_gradients(kernels + others, seed)
+        for p, q in zip(copies, others):
+            p.grad = q.grad.clone()
+        opt.step()
+        adamw.step()
+        for i, (w, old) in enumerate(zip(kernels, before)):
+            momenta[i] = 0.6 * momenta[i] + w.grad
+            update = (w.grad + 0.6 * momenta[i]).flatten(1)
+            o = train.orthogonalise(update[None])[0].view_as(w)
+            new = old / old.norm() - 0.3 * o / o.norm()
+            close(w, new / new.norm() * old.norm(), 1e-5)
+        same(copies, others)
+
+
+def test_train_muon_goes_on_from_its_saved_state_and_leaves_out_a_step_that_is_not_finite():
+    torch.manual_seed(0)
+    kernels, others, opt = muon_of_three_kernels()
+    draw_gradients(kernels + others, 0)
+    opt.step()
+    saved = copy.deepcopy((kernels, others, opt.state_dict()))
+    draw_gradients(kernels + others, 1)
+    opt.step()
+    after = copy.deepcopy((kernels, others, opt.state_dict()))
+
+    kernels, others, opt = muon_of_three_kernels()
+    with torch.no_grad():
+        for p, value in zip(kernels + others, saved[0] + saved[1]):
+            p.copy_(value)
+    opt.load_state_dict(saved[2])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    draw_gradients(kernels + others, 1)
+    others[1].grad[0] = math.inf
+    scaler.step(opt)
+    same((kernels, others, opt.state_dict()), saved)
+    draw_gradients(kernels + others, 1)
+    opt.step()
+    same((kernels, others, opt.state_dict()), after)
+
+
+def test_train_muon_leaves_depthwise_frozen_and_class_weights_to_others():
+    net, criterion = models.make("swiftface", 16, 32), loss_of("arcface")
+    args = SimpleNamespace(opt="muon", lr=4e-3, weight_decay=0.05)
+    stem = next(net.parameters()).requires_grad_(False)
+    params = [p for p in [*net.parameters(), *criterion.parameters()] if p.requires_grad]
+    opt = train.make_optimizer(args, net, params)
+    assert sum(len(group["params"]) for group in opt.param_groups) == len(params)
+    kernels = opt.param_groups[-1]["params"]
+    assert len(kernels) > 5
+    for p in kernels:
+        assert p.ndim == 4 and p is not stem and p.shape[1] > 1
 
 
 def test_train_refuses_in_one_line_before_any_work(tmp):
@@ -1917,6 +2015,11 @@ def test_verify_closed_set_knows_the_images_that_the_classes_were_made_of():
     by_centroid = losses.make("triplet", 16, 3)
     assert verify.closed_set(net, by_weight, known, known, 3) == (1, 1)
     assert verify.closed_set(net, by_centroid, known, known, 3) == (1, 1)
+    other = data.ImageSet(images, np.array([0, 0, 0, 2]), np.arange(4))
+    of_first_images = verify.closed_set(net, by_centroid, other, other, 3, per_centroid=1)
+    z = verify.embed(net, images)
+    nearest = (z @ z[[0, 3]].T).argmax(1)                   # the centroids are the first images of two people
+    assert of_first_images[0] == np.mean(nearest.numpy() == [0, 0, 0, 1])
 
 
 def test_verify_submission_follows_the_sample_or_is_refused(tmp):
@@ -4057,13 +4160,6 @@ def test_losses_keep_the_parts_of_the_first_value():
     close(ce + center, value)
 
 
-def test_losses_rates_are_the_runs_but_for_terms_with_their_own():
-    module = loss_of("ce+siamese")
-    assert module.rate_of_parameters() == {}
-    module.terms[1].own_rate = 10
-    assert module.rate_of_parameters() == {"terms.1.axes": 10, "terms.1.b": 10}
-
-
 def test_losses_coco_with_centroids_has_no_class_weights():
     plain, centroids = loss_of("coco"), loss_of("coco:centroids=true")
     assert plain.weight is not None and not plain.balanced
@@ -5255,33 +5351,46 @@ def test_scripts_import_four_packages_at_most():
 
 # ---- Running them --------------------------------------------------------------------------------------------
 
-def outcome_of(test):
-    """("passed", "skipped" or "failed", why); test(tmp), if it asks for one, has a new folder."""
+def outcome_of(name):
+    """(seconds, "passed", "skipped" or "failed", why) of a test; test(tmp), if it asks for one, has a new folder."""
+    torch.set_num_threads(THREADS)                                              # OMP_NUM_THREADS may say otherwise
+    warnings.simplefilter("ignore")
+    test, started = globals()[name], time.monotonic()
+    outcome, why = "passed", ""
     with tempfile.TemporaryDirectory() as folder:
         try:
             test(*[Path(folder)] * len(inspect.signature(test).parameters))
         except Skip as e:
-            return "skipped", f": {e}"
+            outcome, why = "skipped", f": {e}"
         except Exception:
-            return "failed", "\n" + traceback.format_exc()
-    return "passed", ""
+            outcome, why = "failed", "\n" + traceback.format_exc()
+    return time.monotonic() - started, outcome, why
+
+
+def run_tests(names):
+    """True if all passed. Many tests are divided between two processes of one thread each."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())             # of all that tests leave behind
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        outcomes = map(outcome_of, names)
+        if IN_PARALLEL:
+            spawn = multiprocessing.get_context("spawn")
+            outcomes = stack.enter_context(ProcessPoolExecutor(2, spawn)).map(outcome_of, names)
+        for name, (seconds, outcome, why) in zip(names, outcomes):
+            counts[outcome] += 1
+            print(f"{outcome:<7} {seconds:5.1f} s  {name[5:].replace('_', ' ')}{why}", flush=True)
+    print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
+    return counts["failed"] == 0
 
 
 def main():
-    torch.set_num_threads(min(2, torch.get_num_threads()))                     # OMP_NUM_THREADS may say 1
-    warnings.simplefilter("ignore")
-    words, counts = sys.argv[1:], {"passed": 0, "failed": 0, "skipped": 0}
-    for name, test in list(globals().items()):
+    words, names = sys.argv[1:], []
+    for name in globals():
         wanted = not words or any(word in name for word in words)
         if name in words and name.startswith("slow_") or name.startswith("test_") and wanted:
-            started = time.monotonic()
-            outcome, why = outcome_of(test)
-            counts[outcome] += 1
-            print(f"{outcome:<7} {time.monotonic() - started:5.1f} s  {name[5:].replace('_', ' ')}{why}", flush=True)
-    if faces.cache_info().currsize:
-        shutil.rmtree(faces().parent)
-    print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
-    sys.exit(counts["failed"] > 0)
+            names.append(name)
+    sys.exit(0 if run_tests(names) else 1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Everything random is a function of (seed, epoch) or (seed, step): the order of t
 dropout, random margins. Nothing random is stored, and a resumed run equals an uninterrupted one: bit for bit on a CPU,
 on GPUs as nearly as their atomic additions allow, and with the same --amp.
 
-In reading order: arguments; the run; the loop; data; the run's folder; several processes, which nobody with one GPU
+In reading order: arguments; the run; the loop; optimizers; data; the run's folder; several processes, which nobody with one GPU
 needs; main. To change the schedule of the learning rate see lr_factor(), what is saved Run.state() and save_last(),
 one step train_step(), how batches are drawn data.epoch_batches(), default margins losses.default_scale_and_margin().
 """
@@ -45,7 +45,9 @@ import verify
 
 MAY_CHANGE = {"epochs", "steps", "out", "resume", "save_every", "data", "device", "shard", "amp"}   # when resuming
 LONG_RUN_EPOCHS = 16                    # runs at least this long use stronger augmentation
-SHOWN_OF_DEV = 10_000                   # images of dev, about, that the accuracy after an epoch is measured on
+SHOWN_OF_DEV = 10_000                   # images of dev, about, that the accuracy after an epoch is measured on,
+SHOWN_OF_TRAIN = 20_000                 # and of train, for losses without class weights
+DEFAULT_LR = {"adamw": 1e-3, "muon": 4e-3, "sgd": 0.1}
 SMALL_SET = 50_000                      # images; fewer want smaller steps and much more weight decay
 COLUMNS = dict(epoch="{:.0f}", step="{:.0f}", loss="{:.3f}", lr="{:.2e}", acc="{:.2%}", eer="{:.2%}", auc="{:.2%}",
                pair_acc="{:.2%}", img_per_s="{:.0f}", seconds="{:.0f}")
@@ -96,12 +98,15 @@ def parser_of_arguments():
     g.add_argument("--batch-size", type=number(int, 2), help="images a step [128; 64 for fewer than 50,000 images]")
     g.add_argument("--per-person", type=number(int, 2), default=4, help="images a person in the batches of losses on"
                    " pairs and triplets [4]")
-    g.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="AdamW, or SGD with Nesterov momentum"
-                   " 0.9 [adamw]")
-    g.add_argument("--lr", type=number(float, 0), help="peak learning rate [0.001 for adamw, 0.1 for sgd]")
+    g.add_argument("--opt", choices=["adamw", "muon", "sgd"], default="adamw", help="AdamW; Muon for convolutions and"
+                   " AdamW for the rest; or SGD with Nesterov momentum 0.9 [adamw]")
+    g.add_argument("--lr", type=number(float, 0), help="peak learning rate, for muon that of AdamW's part [0.001 for"
+                   " adamw, 0.004 for muon, 0.1 for sgd]")
     g.add_argument("--weight-decay", type=number(float, 0), help="on matrices and kernels, not on norms, biases and"
-                   " learned scalars [0.05 for adamw, 1 for fewer than 50,000 images; 5e-4 for sgd]")
+                   " learned scalars [0.05 for adamw and muon, 1 for fewer than 50,000 images; 5e-4 for sgd]")
     g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps with rising rate [0.1]")
+    g.add_argument("--lr-end", type=number(float, 0, 1), default=0.0, help="share of the peak rate that is left at the"
+                   " last step; above 0 only with --ema, which averages the noise away [0]")
     g.add_argument("--clip", type=number(float, 0), default=5.0, help="largest norm of the gradient, 0 for any [5]")
     g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the weights"
                    " that is evaluated and saved, 0 for none [0]")
@@ -134,7 +139,7 @@ def parse_args():
         return resumed_arguments(parser, args)
     check_arguments(args)
     if args.lr is None:
-        args.lr = 0.1 if args.opt == "sgd" else 1e-3
+        args.lr = DEFAULT_LR[args.opt]
     for name, (short, long, _) in data.AUGMENT.items():
         if getattr(args, name) is None:
             setattr(args, name, long if args.epochs >= LONG_RUN_EPOCHS else short)
@@ -257,20 +262,6 @@ def start_from(net, path, arch, freeze):
             p.requires_grad_(name not in fitting)
 
 
-def make_optimizer(args, params):
-    """AdamW or SGD; matrices and kernels decay, norms, biases and learned scalars do not."""
-    matrices = [p for p in params if p.squeeze().ndim > 1]       # squeezed: (1, C) counts as a vector
-    others = [p for p in params if p.squeeze().ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if args.opt == "sgd":
-        opt = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
-        # If fp16 skips the first step, the fused kernel leaves the buffers unfilled and reads them at the next.
-        for p in params:
-            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return opt
-    return torch.optim.AdamW(groups, args.lr, fused=True)
-
-
 class Run:
     """A run of train.py. faces is the data set (data.FaceSet), train its training images (data.ImageSet).
 
@@ -294,7 +285,7 @@ class Run:
         if args.weight_decay is None:
             adamw_decay = 1.0 if small_set else 0.05
             args.weight_decay = 5e-4 if args.opt == "sgd" else adamw_decay
-        self.opt = make_optimizer(args, self.trainable)
+        self.opt = make_optimizer(args, net, self.trainable)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
         self.per_person = min(args.per_person, len(train.rows)) if criterion.balanced else 0
@@ -429,13 +420,14 @@ class Run:
 
 # ---- The loop --------------------------------------------------------------------------------------------------
 
-def lr_factor(step, total, warmup):
-    """Share of the peak learning rate, asked for at each step by train_step(): a linear warm-up, then half a cosine to
-    zero. total is that of --epochs, so that more epochs when resuming stretch the cosine."""
+def lr_factor(step, total, warmup, end=0.0):
+    """Share of the peak learning rate, asked for at each step by train_step(): a linear warm-up, then half a cosine
+    down to end. total is that of --epochs, so that more epochs when resuming stretch the cosine."""
     warmup_steps = max(1, round(warmup * total))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps))
+    done = (step - warmup_steps) / max(1, total - warmup_steps)
+    return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 AUGMENTATION, DROPOUT, LOSS = 0, 1, 2 ** 31                     # what a step draws random numbers for
@@ -463,7 +455,7 @@ def train_step(run, x, labels):
     loss = run.criterion(z, labels)                             # in float32, outside autocast
 
     for group in run.opt.param_groups:
-        group["lr"] = args.lr * lr_factor(run.step, run.total_steps, args.warmup)
+        group["lr"] = args.lr * lr_factor(run.step, run.total_steps, args.warmup, args.lr_end)
     run.opt.zero_grad()
     run.scaler.scale(loss).backward()
     if args.clip:
@@ -554,7 +546,9 @@ def finish_epoch(run, epoch, sets, whole):
     seconds = time.monotonic() - run.epoch_began
     if not whole:
         run.save_last()
-    found = verify.evaluate(run.eval_net, run.criterion, sets, len(run.faces.names))
+    people = len(run.faces.names)
+    per_centroid = min(8, max(1, SHOWN_OF_TRAIN // people))     # 8 is what verify.py takes
+    found = verify.evaluate(run.eval_net, run.criterion, sets, people, per_centroid=per_centroid)
     steps = run.step - epoch * run.steps_per_epoch
     row = dict(
         epoch=epoch + 1, step=run.step, loss=float(run.epoch_stats[0] / run.epoch_stats[1]),
@@ -611,6 +605,97 @@ def write_log(out, log):
         values = [scale * row[key] for row in log]
         panels.append((title, "epoch", unit, {"": (epochs, values)}, "wholex"))
     data.plot(out / "curves.png", panels)
+
+
+# ---- Optimizers -------------------------------------------------------------------------------------------------
+
+def make_optimizer(args, net, params):
+    """AdamW, SGD or Muon for params. Matrices and kernels decay, norms, biases and learned scalars do not."""
+    kernels = []
+    if args.opt == "muon":
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.groups == 1 and module.weight.requires_grad:
+                kernels.append(module.weight)
+    others = [p for p in params if p not in set(kernels)]
+    matrices = [p for p in others if p.squeeze().ndim > 1]      # squeezed: (1, C) counts as a vector
+    vectors = [p for p in others if p.squeeze().ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+    if args.opt == "muon":
+        return Muon(groups, kernels, args.lr)
+    if args.opt == "adamw":
+        return torch.optim.AdamW(groups, args.lr, fused=True)
+    opt = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
+    # If fp16 skips the first step, the fused kernel leaves the buffers unfilled and reads them at the next.
+    for p in params:
+        opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return opt
+
+
+def orthogonalise(x):
+    """Matrices (K, n, m) with their singular values brought near 1 and their singular vectors kept.
+
+    A Newton-Schulz step puts each singular value v through 3.4445 v - 4.7750 v^3 + 2.0315 v^5 (Jordan et al. 2024).
+    Three steps bring those above a fiftieth of the matrix's norm to 0.68..1.21, which is near enough."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT                           # x x^T is the smaller product then
+    x = x / (length(x) + 1e-7)
+    for _ in range(3):
+        gram = x @ x.mT                                         # (K, n, n)
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x
+
+
+def length(x):
+    """Frobenius norms (K, 1, 1) of matrices (K, n, m)."""
+    return torch.linalg.matrix_norm(x, keepdim=True)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW for groups; for the kernels of convolutions Muon (Jordan et al. 2024), with lengths that stay:
+
+        b = momentum b + g
+        o = orthogonalise(g + momentum b), as a matrix (out, in k k)
+        w = w - angle |w| o / |o|, then brought back to the length it had
+
+    angle, in radians by which a kernel turns, is 20 lr. Weight decay would only shorten kernels, which the batch norm
+    after them undoes. torch.optim.Muon takes matrices only and keeps no lengths."""
+
+    def __init__(self, groups, kernels, lr, momentum=0.6):
+        super().__init__([*groups, {"params": kernels, "weight_decay": 0.0}], lr, fused=True)
+        self.momentum = momentum
+        self._step_supports_amp_scaling = False                 # GradScaler is to leave out the whole step
+        for p in kernels:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            self.state[p]["step"] = torch.zeros(())             # AdamW looks for it when it loads a state
+
+    @torch.no_grad()
+    def step(self):
+        groups, kernel_group = self.param_groups[:-1], self.param_groups[-1]
+        of_shape = {}                                           # kernels of one shape are turned together
+        for p in kernel_group["params"]:
+            if p.grad is not None:
+                of_shape.setdefault(p.shape, []).append(p)
+        for kernels in of_shape.values():
+            self.turn(kernels, angle=20 * kernel_group["lr"])
+        self.param_groups = groups
+        try:
+            super().step()
+        finally:
+            self.param_groups = [*groups, kernel_group]
+
+    def turn(self, kernels, angle):
+        updates = []
+        for p in kernels:
+            buffer = self.state[p]["momentum_buffer"]
+            buffer.mul_(self.momentum).add_(p.grad)
+            updates.append(p.grad.add(buffer, alpha=self.momentum).flatten(1))
+        direction = orthogonalise(torch.stack(updates))         # (K, out, in k k)
+        weights = torch.stack([p.flatten(1) for p in kernels])
+        turned = weights - angle * length(weights) * direction / (length(direction) + 1e-7)
+        turned = turned * (length(weights) / length(turned))
+        for p, value in zip(kernels, turned):
+            p.copy_(value.view_as(p))
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------

@@ -125,7 +125,9 @@ TRAINING_RANGES = {"epochs": (int, 1, ANY), "batch_size": (int, 2, ANY), "per_pe
 TRAINING_SWITCHES = "shard", "freeze", "compile"
 LOG_COLUMNS = {"epoch", "step", "loss", "lr", "acc", "eer", "auc", "pair_acc", "img_per_s", "seconds"}
 OPTIMIZERS = {"adamw": (torch.optim.AdamW, {"step", "exp_avg", "exp_avg_sq"}),
+              "muon": (torch.optim.AdamW, {"step", "exp_avg", "exp_avg_sq"}),
               "sgd": (torch.optim.SGD, {"momentum_buffer"})}       # and what it keeps of each parameter
+KEPT_BY_MUON = {"step", "momentum_buffer"}                         # of the kernels in its last group
 
 
 def demand(right, path, field, wanted):
@@ -250,12 +252,13 @@ def check_resumable(ckpt, path):
     args, sums, best, log = ckpt["args"], ckpt["sums"], ckpt["best"], ckpt["log"]
     needed = {*TRAINING_RANGES, *TRAINING_SWITCHES, "amp", "init", "opt", "steps"}
     demand_keys(args, needed, path, "args")
-    augmentation = {name: (float, 0, 90) for name in data.AUGMENT}
-    demand_ranges(args, TRAINING_RANGES | augmentation, path, "args.")
+    if_there = {name: (float, 0, 90) for name in data.AUGMENT}
+    if_there["lr_end"] = (float, 0, 1)                      # older runs have none
+    demand_ranges(args, TRAINING_RANGES | if_there, path, "args.")
     for name in TRAINING_SWITCHES:
         demand(isinstance(args[name], bool), path, f"args.{name}", "true or false")
     demand(args["amp"] in ["auto", "bf16", "fp16", "off"], path, "args.amp", "a precision")
-    demand(args["opt"] in list(OPTIMIZERS), path, "args.opt", "adamw or sgd")
+    demand(args["opt"] in list(OPTIMIZERS), path, "args.opt", "adamw, muon or sgd")
     demand(args["init"] is None or is_text(args["init"]), path, "args.init", "a text")
     demand(args["steps"] is None or is_number(args["steps"], int, 1, ANY), path, "args.steps", "a whole number")
 
@@ -279,7 +282,10 @@ def check_optimizer(ckpt, path):
     defaults = kind([torch.zeros(1)]).defaults
     demand_keys(ckpt["opt"], {"state", "param_groups"}, path, "opt")
     state, groups = ckpt["opt"]["state"], ckpt["opt"]["param_groups"]
-    demand(isinstance(groups, list) and len(groups) == 2, path, "opt.param_groups", "a list of two")
+    is_muon = ckpt["args"]["opt"] == "muon"
+    wanted = 3 if is_muon else 2
+    demand(isinstance(groups, list) and len(groups) == wanted, path, "opt.param_groups", f"a list of {wanted}")
+    numbers = []
     for group in groups:
         demand_keys(group, {"params", "lr", "weight_decay"}, path, "opt.param_groups")
         demand(isinstance(group["params"], list), path, "opt.param_groups.params", "a list")
@@ -288,8 +294,7 @@ def check_optimizer(ckpt, path):
             demand(as_made, path, f"opt.param_groups.{name}", f"{defaults[name]}")
         ours = {"lr": (float, 0, ANY), "weight_decay": (float, 0, ANY), "momentum": (float, 0, 1)}
         demand_ranges(group, ours, path, "opt.param_groups.")
-
-    numbers = groups[0]["params"] + groups[1]["params"]
+        numbers += group["params"]
     counted = repr(numbers) == repr(list(range(len(numbers))))
     demand(counted, path, "opt.param_groups.params", "0, 1, 2, ...")
 
@@ -297,8 +302,11 @@ def check_optimizer(ckpt, path):
     allowed = {value.shape for weights in (ckpt["model"], ckpt["loss"]) for value in weights.values()}
     for number, values in state.items():
         demand(number in numbers, path, "opt.state", "of numbered parameters")
-        demand_keys(values, kept, path, f"opt.state[{number}]")
-        for name in kept:
+        names = kept
+        if is_muon and number in groups[-1]["params"]:
+            names = KEPT_BY_MUON
+        demand_keys(values, names, path, f"opt.state[{number}]")
+        for name in names:
             value, field = values[name], f"opt.state[{number}].{name}"
             demand(is_tensor(value) and value.is_floating_point(), path, field, "a tensor of floats")
             demand(value.shape in allowed | {()}, path, field, "of a weight's shape")
@@ -434,11 +442,11 @@ def centroids(z, labels, classes):
 
 
 @torch.no_grad()
-def closed_set(net, criterion, probes, train, classes):
+def closed_set(net, criterion, probes, train, classes, per_centroid=8):
     """(top-1, top-5) accuracy in 0..1 of probes, an ImageSet.
 
     By the loss's logits without margin where it has class weights, otherwise by the nearest centroid of up to
-    8 images a person of train, an ImageSet.
+    per_centroid images a person of train, an ImageSet.
     """
     k = min(5, classes)
     if criterion.weight is not None:
@@ -448,7 +456,7 @@ def closed_set(net, criterion, probes, train, classes):
     else:
         rows = train.rows[np.argsort(train.labels[train.rows], kind="stable")]
         people = np.split(rows, np.flatnonzero(np.diff(train.labels[rows])) + 1)
-        few = np.concatenate([rows[:8] for rows in people])
+        few = np.concatenate([rows[:per_centroid] for rows in people])
         z = embed(net, train.images, criterion.project, rows=few)
         centres = centroids(z, train.labels[few], classes)
         z = embed(net, probes.images, criterion.project, rows=probes.rows)
@@ -535,10 +543,11 @@ class Evaluation(NamedTuple):
     embeddings: dict            # of the images of val_pairs and test_pairs, (N, D) each
 
 
-def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
+def evaluate(net, criterion, sets, classes, metric=None, mirror="mean", per_centroid=8):
     """Used by train.py after each epoch and by verify.py, so that both give the same numbers.
 
     sets maps train, dev and test to data.ImageSet, val_pairs and test_pairs to data.PairSet; any may be missing.
+    per_centroid: training images a person, at most, where the loss has no class weights to compare dev with.
     """
     net = models.fold(net)                                  # once for all sets
     metrics, scores, embeddings = {}, {}, {}
@@ -549,7 +558,7 @@ def evaluate(net, criterion, sets, classes, metric=None, mirror="mean"):
         metrics = eer.report(scores["val_pairs"].labels, scores["val_pairs"].scores)
     for name in ("dev", "test"):
         if name in sets:
-            top1, top5 = closed_set(net, criterion, sets[name], sets.get("train"), classes)
+            top1, top5 = closed_set(net, criterion, sets[name], sets.get("train"), classes, per_centroid)
             metrics.update({f"{name}_acc1": top1, f"{name}_acc5": top5})
     return Evaluation(metrics, scores, embeddings)
 
@@ -929,6 +938,7 @@ def compare_images(net, criterion, ckpt, args, threshold_from):
 
 def identify(net, criterion, ckpt, args, threshold_from):
     """The best match of each probe in the gallery, or none. Writes --out and its scores, and ranks.png with --plots."""
+    # Embed the gallery and the probes.
     project, similarity = metric_of(criterion, args.metric)
     gallery = load_or_embed(net, ckpt["args"], args.gallery, project, args.mirror)
     if args.save_embeddings:
@@ -943,13 +953,16 @@ def identify(net, criterion, ckpt, args, threshold_from):
                          f" {probes.z.shape[1]}; save it anew with this checkpoint")
     if not probes.names:
         probes = probes._replace(names=probe_labels(Path(args.probes), len(probes.files)))
-    scores, found = search(people.z, np.array(probes.z, np.float32), similarity=similarity)         # (P, 5)
-    known = threshold_scores(net, criterion, ckpt, args, threshold_from)
-    threshold, why = search_threshold(known, args.far or 0.01, len(people.names))
 
+    # The five best matches of each probe, and nobody below the threshold.
+    scores, found_rows = search(people.z, np.array(probes.z, np.float32), similarity=similarity)    # (P, 5)
+    calibration = threshold_scores(net, criterion, ckpt, args, threshold_from)
+    threshold, why = search_threshold(calibration, args.far or 0.01, len(people.names))
     best = scores[:, 0]
     accepted = best >= threshold
-    predicted = people.names[found]                         # (P, 5)
+    predicted = people.names[found_rows]                    # (P, 5)
+
+    # Write who was found, a row a probe.
     answers = np.where(accepted, predicted[:, 0], NOBODY)
     out = Path(args.out or "identification.csv")
     write_csv(out, ["id", "label"], enumerate(answers))
@@ -965,6 +978,8 @@ def identify(net, criterion, ckpt, args, threshold_from):
     compared = "the means of a person's images" if args.pool == "mean" else "each single image"
     lines.append(f"{len(answers)} probes among {len(set(people.names))} people, compared with {compared}: {out},"
                  f" {out_scores}\nthreshold {threshold:.4f}, {why}")
+
+    # Where the probes' people are known: how often it was right.
     if probes.names:
         hits = predicted == np.array(probes.names)[:, None]
         mated = np.isin(probes.names, people.names)
@@ -974,7 +989,7 @@ def identify(net, criterion, ckpt, args, threshold_from):
         shown = [f"{name} {v if isinstance(v, int) else eer.percent(v)}" for name, v in rates.items()]
         lines.append("   ".join(shown))
     if args.plots:
-        draw_ranks(args.plots / "ranks.png", probes, people, scores, found, answers)
+        draw_ranks(args.plots / "ranks.png", probes, people, scores, found_rows, answers)
     return Outcome(result, "\n".join(lines), {})
 
 
