@@ -1349,6 +1349,7 @@ def sheet(path, title, sections, side=96):
     for heading, columns, tiles in sections:
         if heading:
             headings.append((heading, (12, y + 10)))
+            width = max(width, ImageFont.load_default(13).getlength(heading) + 24)
             y += 26
         for i in range(0, len(tiles), columns):
             x, height = 8, 0

@@ -2367,6 +2367,13 @@ def test_verify_judges_checkpoint_and_score_file_side_by_side(tmp):
     close(one["test_acc1"], np.mean(logits.argmax(1).numpy() == test.labels))
 
 
+def test_verify_names_several_checkpoints_by_what_tells_them_apart(tmp):
+    assert verify.short_names([tmp / "a/best.pt", tmp / "b/last.pt", tmp / "c.csv"]) == ["a", "b", "c"]
+    assert verify.short_names([tmp / "a/best.pt", tmp / "a/last.pt"]) == ["a/best", "a/last"]
+    assert verify.short_names([tmp / "a/run/best.pt", tmp / "b/run/best.pt"]) == ["a/run/best", "b/run/best"]
+    assert verify.short_names([tmp / "a.pt", tmp / "a.pt"]) == [tmp / "a.pt", tmp / "a.pt"]
+
+
 def test_verify_several_checkpoints_together_are_the_mean_of_their_scores(tmp):
     best, last = trained() / "best.pt", trained() / "last.pt"
     found, scores = data.load(faces()), []

@@ -1125,7 +1125,7 @@ def draw_ranks(path, probes, people, scores, found, answers):
     are framed: a wrong name, and the right one where it is not the answer."""
     heading, tiles = "the first is the answer unless 'no match'", []
     if probes.names:
-        heading += "; framed: a wrong answer, or the right person where he is not the answer"
+        heading += "; framed: a wrong answer, or the right person where not the answer"
     for i in np.unique(np.linspace(0, len(probes.files) - 1, 8).astype(int)):
         file = probes.files[i]
         truth = probes.names[i] if probes.names else None
@@ -1388,13 +1388,18 @@ def mean_scores(outcomes, name):
     return Scores(labels[0], np.mean(scores, 0), digests[0])
 
 
-def short_name(path, taken):
-    """What to call a checkpoint: its run's folder if it is a best.pt or last.pt, otherwise the file's own name."""
-    resolved = Path(os.path.realpath(path))
-    name = resolved.stem
-    if name in ("best", "last") and resolved.parent.name not in taken:
-        name = resolved.parent.name
-    return path if name in taken else name
+def short_names(paths):
+    """What to call checkpoints and files of scores: file names, but of best.pt and last.pt the run's folder. With more
+    of the path where two would be called alike."""
+    resolved = [Path(os.path.realpath(path)) for path in paths]
+    names = []
+    for path in resolved:
+        names.append(path.parent.name if path.stem in ("best", "last") else path.stem)
+    for length in range(2, 9):
+        if len(set(names)) == len(names):
+            return names
+        names = ["/".join(path.with_suffix("").parts[-length:]) for path in resolved]
+    return paths
 
 
 def draw(folder, outcomes):
@@ -1582,8 +1587,7 @@ def main():
     # Each checkpoint and each file of scores, then the mean of all.
     torch.set_float32_matmul_precision("high")              # TF32, as in training
     outcomes = {}
-    for path, threshold_from in zip(args.ckpt, args.threshold_from):
-        name = short_name(path, outcomes)
+    for name, path, threshold_from in zip(short_names(args.ckpt), args.ckpt, args.threshold_from):
         outcomes[name] = outcome_of(path, args, threshold_from)
     each = list(outcomes.values())
     mean = {"val_pairs": mean_scores(each, "val_pairs"), "threshold": mean_scores(each, "threshold")}
