@@ -4926,7 +4926,7 @@ def bench_networks(device):
     part = functools.partial
     peers_training = part(repeated, 5 * more, trainer(peer, linear, x, False), x)
     contest("training", part(repeated, 5 * more, trainer(net, head, fast, True), fast), peers_training, device)
-    if has_compiler():
+    if has_compiler() and device.type != "cpu":             # compiling ResNet-18 takes a slow CPU ten minutes
         step = trainer(torch.compile(net), head, fast, True)
         contest("training, --compile", part(repeated, 5 * more, step, fast), peers_training, device)
     with torch.no_grad():
