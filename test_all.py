@@ -2759,6 +2759,17 @@ def test_verify_exports_a_program_that_needs_torch_alone(tmp):
     close(seven, wanted, 1e-5)
 
 
+def test_verify_export_says_what_to_cut_before_the_program(tmp):
+    ckpt = checkpoint()
+    net, criterion = verify.build(ckpt)
+    for crop, is_said in ((1, False), (0.75, True)):
+        ckpt["args"]["crop"] = crop
+        args = SimpleNamespace(export=tmp / "face.pt2", metric=None, mirror="mean", far=None)
+        with mock.patch.object(verify, "export"), mock.patch.object(torch.export, "save"):      # these take seconds
+            text = verify.export_checkpoint(net, criterion, ckpt, args, None).text
+        assert ("inner 0.75" in text) == is_said
+
+
 def check_export(arch, spec, size):
     """The exported program of a new network has the embeddings that verify.embed() has."""
     net, criterion = models.make(arch, 16, size).eval(), losses.make(spec, 16, 5).eval()
@@ -2931,6 +2942,18 @@ def test_distributed_training_equals_one_process(tmp):
         for row, other in zip(one["log"], many["log"]):
             for key in ("loss", "eer", "auc", "acc"):
                 close(row[key], other[key], 1e-5, (out, key))
+
+
+def test_distributed_muon_equals_one_process(tmp):
+    """Four steps in one process, in two with divided classes, and in two and then one."""
+    flags = "--loss", "cosface", "--opt", "muon", "--lr", 1e-3, "--epochs", 1, "--out"
+    one = losses_of_steps(tmp, 1, *flags, "one")
+    two = losses_of_steps(tmp, 2, *flags, "two", "--shard")
+    chain = losses_of_steps(tmp, 2, *flags, "chain", "--shard", stop=2)
+    chain += losses_of_steps(tmp, 1, *flags, "chain", "--resume")
+    assert len(one) == 4
+    close(two, one, 1e-4)
+    close(chain, one, 1e-4)
 
 
 def test_distributed_batch_norm_equals_that_of_the_whole_batch(tmp):

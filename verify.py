@@ -842,6 +842,8 @@ def export_checkpoint(net, criterion, ckpt, args, threshold_from):
     threshold, why = threshold_of(known, args.far)
     text = (f"{args.export}: uint8 (B, {size}, {size}, 3) -> unit embeddings (B, D), with"
             f" torch.export.load('{args.export}').module()\nthreshold {threshold:.4f}, {why}")
+    if ckpt["args"]["crop"] < 1:
+        text += f"\nnot part of the program: cut images to the inner {ckpt['args']['crop']:g} of their side first (--crop)"
     if similarity:
         text += f"\nthe threshold is not of cosines: the score of {criterion.spec} is no part of the program"
     return Outcome(dict(size=size, threshold=threshold), text, {})
