@@ -203,7 +203,7 @@ def read_people(folder, skipped=None):
 def read_split(folder, skipped=None):
     """(files, labels) of a folder in any layout. ([], None) where there is no such folder. labels
     are None for images/ without labels.txt, and for images that lie in the folder itself. skipped:
-    as in images_in()."""
+    as in images_in(); it gets images beside the people's folders as well."""
     if os.path.lexists(os.path.join(folder, "labels.txt")):
         return read_labels(folder)
     if not os.path.isdir(folder):
@@ -211,6 +211,8 @@ def read_split(folder, skipped=None):
     files, labels = read_people(folder, skipped)
     if set(labels) <= {"images"}:                           # nobody has a sub-folder here
         return files or images_in(folder, skipped), None
+    if skipped is not None:
+        skipped += images_in(folder, skipped)
     return files, labels
 
 
@@ -484,6 +486,7 @@ def set_digest(faces):
 
 def upright(im):
     """A PIL image turned as its EXIF data say, of which nothing else is read."""
+    im.load()                                               # TIFFs are turned while they are loaded
     orientation = 1
     with contextlib.suppress(Exception):                    # odd EXIF data are no reason to do without the pixels
         orientation = im.getexif().get(0x0112, 1)
@@ -674,7 +677,7 @@ def pack_name(files, size, what, crop):
     kind = f"{what}-{size}"
     if crop != 1:
         kind += f"x{crop:g}".replace(".", "")
-    digest = hashlib.sha256(f"2 {size}".encode())
+    digest = hashlib.sha256(f"3 {size}".encode())           # 3: of how images are decoded
     for file in files:
         length, changed = file_state(file)
         digest.update(os.fsencode(f"{os.path.abspath(file)}\0{length} {changed}\n"))
@@ -1712,7 +1715,9 @@ def read_names(path, root):
     and among them lines of one number, which count the people that follow."""
     names = set()
     for i, line in read_lines(path):
-        if not line.isdecimal():
+        if os.path.isdir(os.path.join(root, line)):         # a name may be a number, or end in one
+            names.add(line)
+        elif not line.isdecimal():
             name = re.sub(r"\s+\d+$", "", line)
             if not os.path.isdir(os.path.join(root, name)):
                 raise ValueError(f"{path}:{i}: no folder '{name}' in {root}; copy it there or delete the line")
@@ -1992,6 +1997,9 @@ def prepare_set(args):
         person_of = {file: person for file, person in person_of.items() if person in names}
     if not person_of:
         raise ValueError(f"{root}: no photographs; --prepare takes one sub-folder of photographs a person")
+    if args.size is not None and not (args.box or args.landmarks):
+        raise ValueError("--size: does nothing without --box or --landmarks, for images are copied as they are; leave it"
+                         " out")
     if args.size is not None and not 8 <= args.size <= 1024:
         raise ValueError(f"--size {args.size}: 8 to 1024 pixels are possible")
     if args.box:

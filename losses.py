@@ -1399,10 +1399,17 @@ class Loss(nn.Module):
             number = number.gather(1, best.topk(k, 1)[1])
         return number
 
-    def expected(self):
-        """The sum at random initialisation, None where no closed form is known."""
-        each = [getattr(term, "expected", None) for term in self.terms]
-        return None if None in each else sum(f * e for f, e in zip(self.factors, each))
+    def expected(self, batch_size=1):
+        """The sum at random initialisation, None where no closed form is known, or where a term draws more classes
+        than its sample= asks for, because the batch has more people."""
+        total = 0
+        for factor, term in zip(self.factors, self.terms):
+            value = getattr(term, "expected", None)
+            sample = getattr(term, "sample", 1)
+            if value is None or sample < 1 and round(sample * term.classes) < batch_size:
+                return None
+            total += factor * value
+        return total
 
     def set_run_length(self, steps):
         """Tell the terms how many steps the run has in all; call it before the first step, also when resuming."""

@@ -749,9 +749,11 @@ def test_data_turns_images_as_pillow_does(tmp):
     for orientation in range(10):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        upright.save(tmp / "turned.png", exif=exif)
-        theirs = ImageOps.exif_transpose(Image.open(tmp / "turned.png"))
-        assert data.rgb(tmp / "turned.png").tobytes() == theirs.tobytes(), orientation
+        for suffix in ("png", "tif"):                       # Pillow turns TIFFs by itself
+            file = tmp / f"turned.{suffix}"
+            upright.save(file, exif=exif)
+            theirs = ImageOps.exif_transpose(Image.open(file))
+            assert data.rgb(file).tobytes() == theirs.tobytes(), (suffix, orientation)
 
 
 def test_data_opens_regular_files_only(tmp):
@@ -1363,7 +1365,17 @@ def test_prepare_takes_lfws_lists_of_people(tmp):
     assert f"{tmp}/people.txt:2: no folder 'Zoe'" in prepare(tmp, "--people", tmp / "people.txt", code=2)[1]
     for flags in ("--people", "x"), ("--box", "0,0,9,9"), ("--as", "people"):
         assert "--prepare" in run(data, "--data", tmp / "photos", *flags, cwd=tmp, code=2)[1]
-    assert "--size" in prepare(tmp, "--size", 0, code=2)[1]
+    for size in (0, 64):
+        assert "--size: does nothing" in prepare(tmp, "--size", size, code=2)[1]
+    assert "--size 0" in prepare(tmp, "--size", 0, "--box", "0,0,9,9", code=2)[1]
+
+
+def test_prepare_takes_people_whose_names_end_in_numbers(tmp):
+    for name in ("Ana", "Ana 2", "0000045", "7"):
+        picture(tmp / f"photos/{name}/0.png")
+    (tmp / "people.txt").write_text("3\nAna 2\n0000045\n7 1\n")
+    prepare(tmp, "--people", tmp / "people.txt")
+    assert sorted(os.listdir(tmp / "out")) == ["0000045", "7", "Ana 2"]
 
 
 def test_prepare_as_homework_always_draws_the_same_and_keeps_people_apart(tmp):
@@ -2818,6 +2830,53 @@ def test_verify_pools_people_or_compares_single_images_and_tells_the_second_best
     assert verify.second_best(single.names[:2], np.array([3, 2])) == ("", "")
 
 
+def test_verify_takes_images_without_names_for_a_person_each():
+    z = np.eye(3, dtype=np.float32)
+    for files in (["a/1.jpg", "a/2.jpg", "b/3.jpg"], ["a/1.jpg", "b/1.jpg", "b/1.png"]):
+        people = verify.one_per_person(verify.Embedded(z, files, None), "mean")
+        assert len(people.z) == 3 and len(set(people.names)) == 3
+    assert people.names.tolist() == files
+
+
+def test_verify_refuses_a_gallery_of_another_checkpoint_while_its_images_are_there(tmp):
+    known, probes = older_kaggle()[0] / "known", older_kaggle()[0] / "unknown_dev"
+    answer(tmp, "--gallery", known, "--save-embeddings", "g.npy")
+    found = answer(tmp, "--gallery g.npy --probes", probes)
+    ckpt = checkpoint()
+    torch.manual_seed(7)
+    for name, value in ckpt["model"].items():
+        if value.ndim > 1:
+            ckpt["model"][name] = torch.randn_like(value) * value.std()
+    torch.save(ckpt, tmp / "other.pt")
+    _, err = run(verify, "--ckpt", "other.pt", "--gallery", "g.npy", "--probes", probes, cwd=tmp, code=2)
+    assert "g.npy: saved with another checkpoint" in err
+    listing = (tmp / "g.txt").read_text()
+    (tmp / "g.txt").write_text(listing.replace(str(known), "gone"))             # now nothing can tell
+    assert answer(tmp, "--gallery g.npy --probes", probes)["rank1"] == found["rank1"]
+
+
+def test_verify_embeds_the_working_folder_and_lists_images_beside_the_people(tmp):
+    shutil.copytree(older_kaggle()[0] / "known", tmp / "in")
+    shutil.copy(older_kaggle()[1][0][0], tmp / "in/loose.jpg")
+    out, _ = judge(tmp / "in", "--images . --save-embeddings ../z.npy")
+    assert "15 images of ." in out and np.load(tmp / "z.npy").shape == (15, 16)
+    assert (tmp / "z.skipped.txt").read_text() == "./loose.jpg: beside the people's folders\n"
+
+
+def test_verify_judges_a_closed_set_of_the_same_people_only(tmp):
+    data.synthesise(tmp / "other", people=10, images=6, size=32, seed=9)
+    assert data.load(tmp / "other").names == checkpoint()["names"]              # "0", "1", ... both
+    found = answer(tmp, "--data", tmp / "other")
+    assert "eer" in found and "dev_acc1" not in found
+    shutil.copytree(faces(), tmp / "moved")
+    assert "dev_acc1" in answer(tmp, "--data", tmp / "moved")
+
+
+def test_verify_takes_two_images_after_threshold_from(tmp):
+    found = data.load(faces()).val_pairs.files[:2]
+    assert "for FAR" in judge(tmp, "--far 0.1 --threshold-from", trained() / "best.pt", *found)[0]
+
+
 def test_verify_writes_scores_beside_the_names(tmp):
     folder, people = older_kaggle()
     flags = "--pool none --out who.csv --gallery known --probes unknown_dev"
@@ -3925,6 +3984,8 @@ def test_losses_expected_is_the_first_loss():
             assert abs(have / want - 1) < 0.03, (spec, have, want)
             stated.append(spec)
     assert len(stated) >= 14, stated
+    assert loss_of("normface:sample=0.1", 512, 2000).expected(256) is None      # 256 classes are drawn, not 200
+    assert loss_of("normface:sample=0.1", 512, 2000).expected(200) is not None
 
 
 # ---- losses.py: what holds for every loss -------------------------------------------------------------------------
@@ -4431,6 +4492,19 @@ def test_cuda_embeds_as_the_cpu_does():
         close(z @ z.T, expected @ expected.T, 1e-3, arch)
 
 
+def test_cuda_exports_from_the_device(tmp):
+    """The loss's projection goes to the CPU with the network."""
+    device, x = device_under_test(), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    net, criterion = models.make("swiftface", 16, 32).eval(), losses.make("tse:k=3", 16, 5).eval()
+    expected = verify.embed(net, x.numpy(), criterion.project)
+    args = SimpleNamespace(export=tmp / "face.pt2", metric=None, mirror="mean", far=None)
+    ckpt = {"args": {"size": 32, "crop": 1.0}}
+    with (mock.patch.object(verify, "threshold_scores", lambda *_: None),
+          mock.patch.object(verify, "threshold_of", lambda *_: (0.5, "of a test"))):
+        verify.export_checkpoint(net.to(device), criterion.to(device), ckpt, args, None)
+    close(torch.export.load(tmp / "face.pt2").module()(x), expected, 1e-4)
+
+
 def test_cuda_augments_as_the_cpu_does():
     """With the same random numbers; a pixel may fall to its neighbour where rounding decides."""
     device, x = device_under_test(), torch.arange(6 * 32 * 32 * 3).view(6, 32, 32, 3).remainder(251).byte()
@@ -4547,6 +4621,11 @@ def test_train_moving_average_is_the_plain_formula():
         if value.is_floating_point():
             expected = 0.8 * before[name] + 0.2 * value
         close(average.state_dict()[name], expected, 1e-6, name)
+
+
+def test_train_averages_a_network_without_batch_norm(tmp):
+    tiny(tmp, "--arch", "sphere4", "--ema", 0.9, "--lr", 1e-3, "--steps", 2, "--out", "run")
+    assert verify.load(tmp / "run/last.pt")["step"] == 2
 
 
 # ---- Minutes, not seconds: run by name only --------------------------------------------------------------------

@@ -513,7 +513,8 @@ def update_average(averaged, decay):
     """average = decay average + (1 - decay) weights, in one call for all tensors. averaged is Run's."""
     (averages, copies), (weights, counts) = averaged
     torch._foreach_lerp_(averages, weights, 1 - decay)
-    torch._foreach_copy_(copies, counts)
+    if copies:                                                  # without batch norm there are none
+        torch._foreach_copy_(copies, counts)
 
 
 @torch.no_grad()
@@ -524,7 +525,7 @@ def note_loss(run, loss):
     run.epoch_stats += torch.stack([loss, torch.ones_like(loss), bad_step])
     if run.step == 1:
         text = f"first loss {float(loss):.2f}"
-        expected = run.criterion.expected()
+        expected = run.criterion.expected(run.batch_size)
         if expected:
             text += f", of random embeddings and weights {expected:.2f} is expected"
         print(text)

@@ -776,10 +776,25 @@ def load_or_embed(net, trained, folder, project, mirror):
     trained: the checkpoint's arguments.
     """
     if folder.endswith(".npy"):
-        return load_embeddings(folder)
+        embedded = load_embeddings(folder)
+        check_same_model(net, trained, folder, embedded, project, mirror)
+        return embedded
     files, labels = data.read_split(folder)
     embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror)
     return embedded
+
+
+def check_same_model(net, trained, path, embedded, project, mirror):
+    """ValueError if the first image, where it is still there, is embedded otherwise than it was saved."""
+    file = embedded.files[0]
+    if not os.path.isfile(file):
+        return
+    image = data.Images([file], trained["size"], None, trained["crop"])
+    z = embed(net, image, project, mirror, quiet=True).numpy()[0]
+    saved = np.asarray(embedded.z[0], np.float32)
+    if len(z) == len(saved) and z @ saved < 0.99:
+        raise ValueError(f"{path}: saved with another checkpoint, --mirror or --metric, as the embedding of its first"
+                         f" image, {file}, tells; save it anew")
 
 
 def embed_files(net, trained, folder, files, labels, project, mirror, max_unreadable=0.01):
@@ -793,6 +808,11 @@ def embed_files(net, trained, folder, files, labels, project, mirror, max_unread
     return Embedded(z, [files[i] for i in rows], names), list(images.unreadable.values())
 
 
+def why_skipped(file):
+    is_image = os.path.splitext(file)[1].lower() in data.SUFFIXES
+    return "beside the people's folders" if is_image else "no image by its name"
+
+
 def embed_folder(net, criterion, ckpt, args, threshold_from):
     """--save-embeddings of all of --images: a folder in any layout, or a text file that lists files, a line each,
     relative to its own folder. What was left out is listed in FILE.skipped.txt, with the reason."""
@@ -804,7 +824,7 @@ def embed_folder(net, criterion, ckpt, args, threshold_from):
         files, labels = list(filter(os.path.isfile, files)), None
     else:
         files, labels = data.read_split(folder, skipped)
-        skipped = [f"{file}: no image by its name" for file in skipped]
+        skipped = [f"{file}: {why_skipped(file)}" for file in skipped]
     project, _ = metric_of(criterion, args.metric)
     embedded, unreadable = embed_files(net, ckpt["args"], folder, files, labels, project, args.mirror, 0.99)
     save_embeddings(args.save_embeddings, embedded)
@@ -834,6 +854,7 @@ def export(net, project, size, mirror="mean"):
 
 def export_checkpoint(net, criterion, ckpt, args, threshold_from):
     """Write --export, and say how to use it."""
+    net, criterion = net.cpu(), criterion.cpu()
     project, similarity = metric_of(criterion, args.metric)
     size, buffer = ckpt["args"]["size"], io.BytesIO()
     torch.export.save(export(net, project, size, args.mirror), buffer)
@@ -861,10 +882,11 @@ def threshold_scores(net, criterion, ckpt, args, threshold_from):
             raise ValueError(f"{threshold_from} is of --loss {ckpt['args']['loss']}, whose scores are others; name one"
                              " of the same loss")
     elif threshold_from:
-        pairs = data.read_pairs(threshold_from, args.images)
+        folder = args.images or "."
+        pairs = data.read_pairs(threshold_from, folder)
         if pairs.labels is None:
             raise ValueError(f"{threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
-        size, crop, cache = ckpt["args"]["size"], ckpt["args"]["crop"], data.cache_folder(args.images)
+        size, crop, cache = ckpt["args"]["size"], ckpt["args"]["crop"], data.cache_folder(folder)
         images, _ = data.pack(pairs.files, size, cache, "threshold_pairs", crop, max_unreadable=0)
         scores, _ = score_pairs(net, criterion, data.PairSet(images, pairs), args.metric, args.mirror)
         return scores
@@ -1020,9 +1042,13 @@ def one_per_person(gallery, pool):
     """Embedded, for each person, the mean of his images, and the first of his files; names as an array. With pool
     "none" the gallery's images as they are.
 
-    Images without names are each a person of their own, named after the file.
+    Images without names are each a person of their own, named after the file, with its path where two are alike.
     """
-    names = gallery.names or [Path(file).stem for file in gallery.files]
+    names = gallery.names
+    if names is None:
+        names = [Path(file).stem for file in gallery.files]
+        if len(set(names)) < len(names):
+            names = gallery.files
     people, first, labels = np.unique(names, return_index=True, return_inverse=True)
     if pool == "none" or len(people) == len(names):         # as it is, for it may be larger than memory
         return gallery._replace(names=np.array(names))
@@ -1308,7 +1334,7 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
         check_writable(args.out or "submission.csv")
     draws_panel = args.plots and ckpt["args"]["dim"] == 2
     names = ["val_pairs", "test_pairs"]
-    if faces.names == ckpt["names"]:
+    if same_people(faces, ckpt):
         names += ["dev", "test"]
         if draws_panel or criterion.weight is None:
             names.append("train")
@@ -1346,11 +1372,19 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
     return Outcome(result, "\n".join(filter(None, lines)), scores, faces, panel)
 
 
+def same_people(faces, ckpt):
+    """Whether the classes of a set are the checkpoint's. Those of labels.txt are numbers in every set: its images tell."""
+    if all(name.isdecimal() for name in faces.names) and "data_digest" in ckpt:
+        return ckpt["data_digest"] == data.set_digest(faces)
+    return faces.names == ckpt["names"]
+
+
 def find_faces(args, trained):
     """The data.FaceSet to evaluate: --pairs alone, --data, or what a checkpoint's arguments name."""
     if args.pairs:
-        pairs = data.read_pairs(args.pairs, args.images)
-        faces = data.FaceSet(Path(args.images), [], None, None, None, None, None, "")
+        folder = args.images or "."
+        pairs = data.read_pairs(args.pairs, folder)
+        faces = data.FaceSet(Path(folder), [], None, None, None, None, None, "")
         return faces._replace(test_pairs=pairs) if pairs.labels is None else faces._replace(val_pairs=pairs)
     faces = data.load(args.data or trained["data"], trained["holdout"], trained["seed"])
     if not (faces.val_pairs or faces.test_pairs):
@@ -1465,7 +1499,7 @@ def parse_args():
     add = parser.add_argument_group("what to judge").add_argument
     add("--data", help="data set to evaluate [the one the checkpoint was trained with]")
     add("--pairs", help="pairs to score instead of a data set's: the homework's .txt or .csv, LFW's lists")
-    add("--images", default=".", metavar="DIR", help="folder that the names in --pairs are relative to [.]; alone with"
+    add("--images", metavar="DIR", help="folder that the names in --pairs are relative to [.]; alone with"
         " --save-embeddings, what to embed: a folder, or a text file that lists images")
     add("--gallery", metavar="DIR", help="known people: a folder each, or flat, or --save-embeddings' .npy")
     add("--probes", metavar="DIR", help="images to find in the gallery, likewise; sub-folders, or a"
@@ -1493,9 +1527,10 @@ def parse_args():
         " embeddings [no]")
     add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
-    images = [name for name in args.ckpt if os.path.splitext(name)[1].lower() in data.SUFFIXES]
-    args.files += images                                    # they may follow: --ckpt C one.jpg two.jpg
-    args.ckpt = [name for name in args.ckpt if name not in images]
+    for option in (args.ckpt, args.threshold_from):         # they may follow: --ckpt C one.jpg two.jpg
+        images = [name for name in option if name and os.path.splitext(name)[1].lower() in data.SUFFIXES]
+        args.files += images
+        option[:] = [name for name in option if name not in images]
     check(args)
     check_used(args, parser)
     if len(args.threshold_from) == 1:                       # for all checkpoints
@@ -1506,7 +1541,7 @@ def parse_args():
 def embeds_folder(args):
     """Whether --images is what to embed, not where the images of pairs lie."""
     other = args.pairs or args.gallery or args.data or args.threshold_from[0]
-    return bool(args.save_embeddings and args.images != "." and not other)
+    return bool(args.save_embeddings and args.images and not other)
 
 
 def takes_one_checkpoint(args):
