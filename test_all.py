@@ -2815,7 +2815,7 @@ def test_verify_search_threshold_leaves_a_stranger_the_chance_asked_for():
         assert f"(1/{people}) = {1 - (1 - far) ** (1 / people):.3g}" in why
     threshold, why = verify.search_threshold(known, 1e-4, 1000)
     close(threshold, impostors.max())
-    assert "100000 impostor pairs cannot tell" in why
+    assert "100000 impostor pairs cannot tell" in why and "so a stranger may find somebody at a rate of 0.01" in why
 
 
 def test_verify_pools_people_or_compares_single_images_and_tells_the_second_best():
@@ -2853,6 +2853,35 @@ def test_verify_refuses_a_gallery_of_another_checkpoint_while_its_images_are_the
     listing = (tmp / "g.txt").read_text()
     (tmp / "g.txt").write_text(listing.replace(str(known), "gone"))             # now nothing can tell
     assert answer(tmp, "--gallery g.npy --probes", probes)["rank1"] == found["rank1"]
+
+
+def named_checkpoint(folder):
+    """The path of trained(), as if its people had been called n0, n1, ..."""
+    ckpt = checkpoint()
+    ckpt["names"] = [f"n{name}" for name in ckpt["names"][3:] + ckpt["names"][:3]]
+    ckpt["names"][ckpt["names"].index("n1")] = "somebody"
+    torch.save(ckpt, folder / "named.pt")
+    return folder / "named.pt"
+
+
+def test_verify_says_which_faces_the_network_was_trained_on(tmp):
+    known, path = older_kaggle()[0] / "known", named_checkpoint(tmp)
+    flags = "--ckpt", path, "--gallery", known, "--probes", known
+    out, _ = run(verify, *flags, cwd=tmp)
+    assert "note: 12 of the 15 mated probes show people that the network was trained on; of the 3 others rank1" in out
+    files = [sorted((known / name).iterdir())[0] for name in ("n0", "n1")]
+    out, _ = run(verify, "--ckpt", path, *files, cwd=tmp)
+    assert "trained on images of n0" in out and "images of n1" not in out
+    out, _ = judge(tmp, "", *files)                                             # people who are numbers: nothing to say
+    assert "note:" not in out
+
+
+def test_verify_search_takes_one_image(tmp):
+    folder, _ = older_kaggle()
+    (probe,) = answer(tmp, "--gallery", folder / "known", "--probes", folder / "unknown_dev/0.jpg")["probes"]
+    every = answer(tmp, "--gallery", folder / "known", "--probes", folder / "unknown_dev")["probes"]
+    close(probe["score"], every[0]["score"], 1e-5)
+    assert "--gallery and --probes" in refusal(tmp, "", *[folder / "unknown_dev/0.jpg"] * 3)
 
 
 def test_verify_embeds_the_working_folder_and_lists_images_beside_the_people(tmp):
@@ -4502,7 +4531,9 @@ def test_cuda_exports_from_the_device(tmp):
     with (mock.patch.object(verify, "threshold_scores", lambda *_: None),
           mock.patch.object(verify, "threshold_of", lambda *_: (0.5, "of a test"))):
         verify.export_checkpoint(net.to(device), criterion.to(device), ckpt, args, None)
-    close(torch.export.load(tmp / "face.pt2").module()(x), expected, 1e-4)
+    z = torch.export.load(tmp / "face.pt2").module()(x)
+    assert not z.requires_grad
+    close(z, expected, 1e-4)
 
 
 def test_cuda_augments_as_the_cpu_does():
@@ -4621,6 +4652,13 @@ def test_train_moving_average_is_the_plain_formula():
         if value.is_floating_point():
             expected = 0.8 * before[name] + 0.2 * value
         close(average.state_dict()[name], expected, 1e-6, name)
+
+
+def test_train_does_not_resume_under_another_default_margin(tmp):
+    tiny(tmp, "--steps", 2, "--out", "run")
+    with mock.patch.object(losses, "default_scale_and_margin", lambda *_: {"s": 9.0, "m": 0.4}):
+        _, err = run(train, "--resume", "--out", "run", cwd=tmp, code=2)
+    assert "was trained with arcface:" in err and "now means arcface:s=9.0,m=0.4" in err
 
 
 def test_train_averages_a_network_without_batch_norm(tmp):

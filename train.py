@@ -383,6 +383,9 @@ class Run:
             raise ValueError(f"{self.args.data} has changed since {path}: {ckpt['images']} images of"
                              f" {len(ckpt['names'])} people then, {len(self.train.rows)} of {len(self.faces.names)}"
                              " now; start a new run")
+        if ckpt["spec"] != self.criterion.spec:
+            raise ValueError(f"{path} was trained with {ckpt['spec']}, and --loss {self.args.loss} now means"
+                             f" {self.criterion.spec}; put the loss's defaults back, or start anew")
         if ckpt.get("data_digest", self.data_digest) != self.data_digest:
             raise ValueError(f"{self.args.data} has changed since {path}: other files, labels or validation pairs;"
                              f" start a new run, perhaps with --init {path}")
@@ -526,8 +529,8 @@ def note_loss(run, loss):
     if run.step == 1:
         text = f"first loss {float(loss):.2f}"
         expected = run.criterion.expected(run.batch_size)
-        if expected:
-            text += f", of random embeddings and weights {expected:.2f} is expected"
+        if expected and not run.args.init:
+            text += f"; with random weights about {expected:.2f} is expected"
         print(text)
         for note in [*run.criterion.notes(), *note_outweighed(run.criterion.first_parts)]:
             print(f"note: {note}")

@@ -771,7 +771,7 @@ def check_unit_rows(path, z, block=4096):
 
 
 def load_or_embed(net, trained, folder, project, mirror):
-    """Embedded images of a folder in any layout, or those of a .npy file of save_embeddings().
+    """Embedded images of a folder in any layout, of one file, or of a .npy file of save_embeddings().
 
     trained: the checkpoint's arguments.
     """
@@ -779,7 +779,10 @@ def load_or_embed(net, trained, folder, project, mirror):
         embedded = load_embeddings(folder)
         check_same_model(net, trained, folder, embedded, project, mirror)
         return embedded
-    files, labels = data.read_split(folder)
+    if os.path.isfile(folder):                              # one image
+        files, labels, folder = [folder], None, os.path.dirname(folder) or "."
+    else:
+        files, labels = data.read_split(folder)
     embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror)
     return embedded
 
@@ -854,7 +857,7 @@ def export(net, project, size, mirror="mean"):
 
 def export_checkpoint(net, criterion, ckpt, args, threshold_from):
     """Write --export, and say how to use it."""
-    net, criterion = net.cpu(), criterion.cpu()
+    net, criterion = net.cpu().requires_grad_(False), criterion.cpu().requires_grad_(False)
     project, similarity = metric_of(criterion, args.metric)
     size, buffer = ckpt["args"]["size"], io.BytesIO()
     torch.export.save(export(net, project, size, args.mirror), buffer)
@@ -952,10 +955,13 @@ def compare_images(net, criterion, ckpt, args, threshold_from):
     same, lower, higher = score >= threshold, np.mean(genuine < score), np.mean(impostor >= score)
     answer = "same person" if same else "different people"
     result = dict(score=score, same=same, threshold=threshold, genuine_lower=lower, impostor_higher=higher)
-    return Outcome(result, (
-        f"score {score:.4f}: {answer} (threshold {threshold:.4f}, {why})\n"
-        f"of a hundred genuine validation pairs {100 * lower:.3g} score lower, of a hundred impostor pairs"
-        f" {100 * higher:.3g} as high or higher ({len(genuine)} and {len(impostor)} pairs)"), {})
+    text = (f"score {score:.4f}: {answer} (threshold {threshold:.4f}, {why})\n"
+            f"of a hundred genuine validation pairs {100 * lower:.3g} score lower, of a hundred impostor pairs"
+            f" {100 * higher:.3g} as high or higher ({len(genuine)} and {len(impostor)} pairs)")
+    folders = {Path(os.path.abspath(file)).parent.name for file in args.files}
+    for name in sorted(folders & trained_people(ckpt)):
+        text += f"\nnote: the network was trained on images of {name}: such a score says little about new people"
+    return Outcome(result, text, {})
 
 
 # ---- Decisions: one among many -----------------------------------------------------------------------------------
@@ -975,7 +981,7 @@ def identify(net, criterion, ckpt, args, threshold_from):
     if people.z.shape[1] != probes.z.shape[1]:
         raise ValueError(f"{args.gallery}: {people.z.shape[1]} numbers an embedding, but the probes have"
                          f" {probes.z.shape[1]}; save it anew with this checkpoint")
-    if not probes.names:
+    if not probes.names and os.path.isdir(args.probes):
         probes = probes._replace(names=probe_labels(Path(args.probes), len(probes.files)))
 
     # The five best matches of each probe, and nobody below the threshold.
@@ -1012,9 +1018,27 @@ def identify(net, criterion, ckpt, args, threshold_from):
         result.update(rates)
         shown = [f"{name} {v if isinstance(v, int) else eer.percent(v)}" for name, v in rates.items()]
         lines.append("   ".join(shown))
+        lines += note_trained(ckpt, np.array(probes.names), mated, hits[:, 0])
     if args.plots:
         draw_ranks(args.plots / "ranks.png", probes, people, scores, found_rows, answers)
     return Outcome(result, "\n".join(lines), {})
+
+
+def trained_people(ckpt):
+    """The names of the people that a network was trained on; none where they are numbers, which are alike in all sets."""
+    return {name for name in ckpt["names"] if not name.isdecimal()}
+
+
+def note_trained(ckpt, names, mated, hits):
+    """A line if some of the mated probes show people that the network was trained on."""
+    trained = mated & np.isin(names, list(trained_people(ckpt)))
+    if not trained.any():
+        return []
+    line = f"note: {trained.sum()} of the {mated.sum()} mated probes show people that the network was trained on"
+    others = mated & ~trained
+    if others.any():
+        line += f"; of the {others.sum()} others rank1 is {eer.percent(np.mean(hits[others]))}"
+    return [line]
 
 
 def search_threshold(known, far, size):
@@ -1026,6 +1050,9 @@ def search_threshold(known, far, size):
     """
     per_pair = -np.expm1(np.log1p(-far) / size)             # exact for small rates
     threshold, why = threshold_of(known, per_pair)
+    impostors = int((known.labels == 0).sum()) if known else 0
+    if known and per_pair * impostors < 1:                  # a stranger may lie above them all, too
+        why += f", so a stranger may find somebody at a rate of {1 - (1 - 1 / (impostors + 1)) ** size:.2g}"
     return threshold, (f"that a stranger finds anybody at a rate of {far:g}: in each comparison"
                        f" 1 - (1 - {far:g})^(1/{size}) = {per_pair:.3g}; {why}")
 
@@ -1502,7 +1529,7 @@ def parse_args():
     add("--images", metavar="DIR", help="folder that the names in --pairs are relative to [.]; alone with"
         " --save-embeddings, what to embed: a folder, or a text file that lists images")
     add("--gallery", metavar="DIR", help="known people: a folder each, or flat, or --save-embeddings' .npy")
-    add("--probes", metavar="DIR", help="images to find in the gallery, likewise; sub-folders, or a"
+    add("--probes", metavar="DIR", help="images to find in the gallery, likewise, or one image; sub-folders, or a"
         " verification_dev.csv beside the folder, tell who they are")
     add("--pool", choices=["mean", "none"], default="mean", help="compare probes with the mean of a person's images in"
         " the gallery, or with each image [mean]")
@@ -1552,7 +1579,7 @@ def takes_one_checkpoint(args):
 def check(args):
     """ValueError for arguments that do not go together."""
     if len(args.files) not in (0, 2):
-        raise ValueError(f"{len(args.files)} images; give two to compare")
+        raise ValueError(f"{len(args.files)} images; give two to compare, or search with --gallery and --probes")
     if args.far is not None and not 0 < args.far < 1:
         raise ValueError(f"--far {args.far:g}: a rate lies between 0 and 1; give 1e-3 for one in a thousand")
     if args.save_embeddings and (len(args.ckpt) > 1 or args.files):
