@@ -1544,7 +1544,7 @@ def test_train_does_not_wait_for_the_device(tmp):
     counts = []
     nothing = verify.Evaluation({}, {}, {})
     for steps in (1, 2):
-        with mock.patch.object(verify, "evaluate", lambda *a: nothing), waits_counted() as calls:
+        with mock.patch.object(verify, "evaluate", lambda *a, **options: nothing), waits_counted() as calls:
             tiny(tmp, "--out", f"n{steps}", "--steps", steps, "--ema", ".9", "--loss", "adaface")
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0, counts
