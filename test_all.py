@@ -2784,7 +2784,13 @@ def test_verify_export_says_what_to_cut_before_the_program(tmp):
 
 def check_export(arch, spec, size):
     """The exported program of a new network has the embeddings that verify.embed() has."""
-    net, criterion = models.make(arch, 16, size).eval(), losses.make(spec, 16, 5).eval()
+    net, criterion = models.make(arch, 16, size), losses.make(spec, 16, 5).eval()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0                           # one batch fills the statistics: deep ones overflow without
+    with torch.no_grad():
+        net.train()(torch.randn(4, 3, size, size))
+    net.eval()
     x = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
     program = verify.export(net, criterion.project, size).module()
     close(program(torch.from_numpy(x)), verify.embed(net, x, criterion.project), 1e-5)
