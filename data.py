@@ -212,8 +212,14 @@ def read_split(folder, skipped=None):
     if set(labels) <= {"images"}:                           # nobody has a sub-folder here
         return files or images_in(folder, skipped), None
     if skipped is not None:
-        skipped += images_in(folder, skipped)
+        skipped += images_in(folder)
     return files, labels
+
+
+def why_skipped(file):
+    """The reason for a file in read_split()'s list of skipped ones."""
+    has_suffix = os.path.splitext(file)[1].lower() in SUFFIXES
+    return "beside the people's folders" if has_suffix else "without an image's suffix"
 
 
 def read_labelled(folder, skipped=None):
@@ -414,10 +420,12 @@ def describe_missing(root, skipped, lists):
     for name, pairs in lists.items():
         if pairs is None and (root / "ver_data").is_dir():
             notes.append(f"ver_data, but no {name}: looked for {', '.join(list_names(name))}")
-    if skipped:
-        few = ", ".join(os.path.relpath(file, root) for file in sorted(skipped)[:3])
-        more = ", ..." if len(skipped) > 3 else ""
-        notes.append(f"{len(skipped)} files skipped, as they have no image's suffix: {few}{more}")
+    skipped_for = {}
+    for file in sorted(skipped):
+        skipped_for.setdefault(why_skipped(file), []).append(os.path.relpath(file, root))
+    for why, files in skipped_for.items():
+        more = ", ..." if len(files) > 3 else ""
+        notes.append(f"{len(files)} files skipped, {why}: {', '.join(files[:3])}{more}")
     return notes
 
 
@@ -786,8 +794,8 @@ def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
 # ---- Batches: drawn, gathered one ahead, augmented on the device ---------------------------------------------
 
 def epoch_batches(labels, rows, batch_size, seed, epoch, per_person=0):
-    """(steps, batch) row numbers of an epoch, fixed by seed and epoch: the rows shuffled, an incomplete last batch dropped;
-    or, with per_person = K, batches of P people x K images, see batches_of_people()."""
+    """(steps, batch) row numbers of an epoch, fixed by seed and epoch: the rows shuffled, an incomplete last batch
+    dropped; or, with per_person = K, batches of P people x K images, see batches_of_people()."""
     rng = np.random.default_rng((seed, epoch))
     rows = rng.permutation(rows)
     if per_person:
@@ -1998,8 +2006,8 @@ def prepare_set(args):
     if not person_of:
         raise ValueError(f"{root}: no photographs; --prepare takes one sub-folder of photographs a person")
     if args.size is not None and not (args.box or args.landmarks):
-        raise ValueError("--size: does nothing without --box or --landmarks, for images are copied as they are; leave it"
-                         " out")
+        raise ValueError("--size: does nothing without --box or --landmarks, for images are copied as they are; leave"
+                         " it out")
     if args.size is not None and not 8 <= args.size <= 1024:
         raise ValueError(f"--size {args.size}: 8 to 1024 pixels are possible")
     if args.box:

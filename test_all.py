@@ -502,11 +502,19 @@ def test_data_takes_nothing_left_behind_for_a_person(tmp):
     assert data.load(tmp / "above").root == tmp / "above/HW"
 
 
+def test_data_names_images_beside_the_people_but_no_lists(tmp):
+    people_folder(tmp)
+    picture(tmp / "loose.png")
+    (tmp / "list.txt").touch()
+    note = data.load(tmp).note
+    assert "1 files skipped, beside the people's folders: loose.png" in note and "list.txt" not in note
+
+
 def test_data_counts_and_names_what_it_skipped(tmp):
     people_folder(tmp)
     for name in ("Ann/a.heic", "Bo/b", "Bo/c", "Cy/d.txt"):
         (tmp / name).touch()
-    assert data.load(tmp).note.startswith("4 files skipped, as they have no image's suffix: Ann/a.heic, Bo/b, Bo/c, ..")
+    assert data.load(tmp).note.startswith("4 files skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c, ..")
     out, _ = run(data, "--data", ".", "--sheet", tmp / "sheet.png", cwd=tmp)
     assert "Ann/a.heic" in out
 
@@ -5485,6 +5493,13 @@ def test_readme_and_docs_have_a_row_for_each_architecture_loss_and_alias():
     rows += map(row_of_loss, losses.LOSSES, losses.LOSSES.values())
     missing = [row for row in rows if row not in text]
     assert not missing, f"the tables of README.md and docs/ lack {missing}"
+
+
+def test_docs_name_the_losses_that_can_sample_classes():
+    text = (HERE / "docs/losses.md").read_text()
+    sentence = re.search(r"`sample=` have ([^.]*)\.", text)[1]
+    able = [name for name, cls in losses.LOSSES.items() if "sample" in losses.arguments_of(cls)]
+    assert re.findall(r"`(\w+)`", sentence) == able
 
 
 def imports_of(file):

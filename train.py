@@ -13,9 +13,10 @@ Everything random is a function of (seed, epoch) or (seed, step): the order of t
 dropout, random margins. Nothing random is stored, and a resumed run equals an uninterrupted one: bit for bit on a CPU,
 on GPUs as nearly as their atomic additions allow, and with the same --amp.
 
-In reading order: arguments; the run; the loop; optimizers; data; the run's folder; several processes, which nobody with one GPU
-needs; main. To change the schedule of the learning rate see lr_factor(), what is saved Run.state() and save_last(),
-one step train_step(), how batches are drawn data.epoch_batches(), default margins losses.default_scale_and_margin().
+In reading order: arguments; the run; the loop; optimizers; data; the run's folder; several processes, which nobody
+with one GPU needs; main. To change the schedule of the learning rate see lr_factor(), what is saved Run.state() and
+save_last(), one step train_step(), how batches are drawn data.epoch_batches(), default margins
+losses.default_scale_and_margin().
 """
 import argparse
 import contextlib
@@ -620,7 +621,8 @@ def make_optimizer(args, net, params):
         for module in net.modules():
             if isinstance(module, torch.nn.Conv2d) and module.groups == 1 and module.weight.requires_grad:
                 kernels.append(module.weight)
-    others = [p for p in params if p not in set(kernels)]
+    turned = set(kernels)
+    others = [p for p in params if p not in turned]
     matrices = [p for p in others if p.squeeze().ndim > 1]      # squeezed: (1, C) counts as a vector
     vectors = [p for p in others if p.squeeze().ndim <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

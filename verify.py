@@ -359,8 +359,8 @@ def check_images(images, size):
 def embed(model, images, project=None, mirror="mean", unit=True, batch_size=None, rows=None, quiet=False):
     """uint8 images (N, S, S, 3), an array or data.Images -> embeddings (N, D) float32 on the CPU.
 
-    rows selects images by number; project, mirror and unit are Embedder's; quiet: show no progress line. ValueError for images
-    of another type or size than the model's, and if an embedding is not finite.
+    rows selects images by number; project, mirror and unit are Embedder's; quiet: show no progress line. ValueError
+    for images of another type or size than the model's, and if an embedding is not finite.
     With several processes each embeds a part of the images, and all receive all embeddings.
     """
     check_images(images, getattr(model, "size", None))
@@ -811,11 +811,6 @@ def embed_files(net, trained, folder, files, labels, project, mirror, max_unread
     return Embedded(z, [files[i] for i in rows], names), list(images.unreadable.values())
 
 
-def why_skipped(file):
-    is_image = os.path.splitext(file)[1].lower() in data.SUFFIXES
-    return "beside the people's folders" if is_image else "no image by its name"
-
-
 def embed_folder(net, criterion, ckpt, args, threshold_from):
     """--save-embeddings of all of --images: a folder in any layout, or a text file that lists files, a line each,
     relative to its own folder. What was left out is listed in FILE.skipped.txt, with the reason."""
@@ -827,7 +822,7 @@ def embed_folder(net, criterion, ckpt, args, threshold_from):
         files, labels = list(filter(os.path.isfile, files)), None
     else:
         files, labels = data.read_split(folder, skipped)
-        skipped = [f"{file}: {why_skipped(file)}" for file in skipped]
+        skipped = [f"{file}: {data.why_skipped(file)}" for file in skipped]
     project, _ = metric_of(criterion, args.metric)
     embedded, unreadable = embed_files(net, ckpt["args"], folder, files, labels, project, args.mirror, 0.99)
     save_embeddings(args.save_embeddings, embedded)
@@ -867,7 +862,7 @@ def export_checkpoint(net, criterion, ckpt, args, threshold_from):
     text = (f"{args.export}: uint8 (B, {size}, {size}, 3) -> unit embeddings (B, D), with"
             f" torch.export.load('{args.export}').module()\nthreshold {threshold:.4f}, {why}")
     if ckpt["args"]["crop"] < 1:
-        text += f"\nnot part of the program: cut images to the inner {ckpt['args']['crop']:g} of their side first (--crop)"
+        text += f"\ncut images to the inner {ckpt['args']['crop']:g} of their side first: --crop is not in the program"
     if similarity:
         text += f"\nthe threshold is not of cosines: the score of {criterion.spec} is no part of the program"
     return Outcome(dict(size=size, threshold=threshold), text, {})
@@ -1025,7 +1020,7 @@ def identify(net, criterion, ckpt, args, threshold_from):
 
 
 def trained_people(ckpt):
-    """The names of the people that a network was trained on; none where they are numbers, which are alike in all sets."""
+    """The names of the people that a network was trained on, but for numbers, which are alike in all sets."""
     return {name for name in ckpt["names"] if not name.isdecimal()}
 
 
@@ -1400,7 +1395,8 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
 
 
 def same_people(faces, ckpt):
-    """Whether the classes of a set are the checkpoint's. Those of labels.txt are numbers in every set: its images tell."""
+    """Whether the classes of a set are the checkpoint's. Where people are numbers, which are alike in all sets, the
+    files tell."""
     if faces.names != ckpt["names"]:
         return False
     if all(name.isdecimal() for name in faces.names) and "data_digest" in ckpt:
