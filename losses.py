@@ -201,11 +201,10 @@ class MarginSoftmax(ClassWeights):
         """margins: (m1, m2, m3), numbers or (B, 1), where they depend on the batch."""
         m1, m2, m3 = margins or self.margins
         logits, target = self.compare(x, y)
-        with torch.no_grad():
-            t = target.own_logit(logits) / self.scale                   # the cosine with the true class
+        own = target.own_logit(logits)
+        t = own.detach() / self.scale   # the cosine with the true class
         more = self.scale * (psi(t, m1, m2, m3) - t)
         if self.exact:
-            own = target.own_logit(logits)
             more = more + (psi_slope(t, m1, m2) - 1) * (own - own.detach())         # 0, with a gradient
         return target.cross_entropy(target.add_(logits, more))
 
@@ -391,8 +390,7 @@ class LSoftmax(ClassWeights):
         lam = self.lambda_at_step(self.step.to(x.dtype))
         logits, target = self.compare(x, y)
         norms = self.norms(x, target).clamp_min(1e-6)[:, None]
-        with torch.no_grad():
-            t = target.own_logit(logits) / norms
+        t = (target.own_logit(logits) / norms).detach()
         wanted = (lam * t + psi(t, self.m)) / (1 + lam)
         return target.cross_entropy(target.add_(logits, norms * (wanted - t)))
 
@@ -775,7 +773,7 @@ class SumOfTriplets(torch.autograd.Function):
                 gap = q_here[anchor] - q_here[anchor, positive][:, None]            # (pairs, B)
                 costs = cost(gap).where(other[anchor], 0)
                 part = costs.sum()
-            total += part.detach()
+            total += part
             costly = costly + (costs > 0).sum()
             grad += torch.autograd.grad(part, q_here)[0]
         ctx.save_for_backward(grad)
@@ -785,23 +783,6 @@ class SumOfTriplets(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_of_total, _):
         return None, grad_of_total * ctx.saved_tensors[0], None, None
-
-
-class Triplet(nn.Module):
-    """Triplet: [d_ap^2 - d_an^2 + m]+ on unit embeddings, mining=all/hard/semihard.
-    Schroff et al. 2015, 1503.03832. hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard
-    or from a softmax model. all averages the non-zero triplets, so its loss hovers near m even while it learns."""
-
-    def __init__(self, m=0.2, mining="semihard"):
-        super().__init__()
-        self.m, self.mining = m, mining
-
-    def cost(self, gap):
-        return (gap + self.m).relu()
-
-    def forward(self, x, y):
-        q = 2 * cosines(x) - 2          # -d^2
-        return mean_of_triplets(self.cost, q, y, self.mining, costly_only=True)
 
 
 class Hinge(nn.Module):
@@ -818,21 +799,30 @@ class Hinge(nn.Module):
         return mean_of_triplets(self.cost, cosines(x), y, self.mining)
 
 
-class TSE(nn.Module):
+class Triplet(Hinge):
+    """Triplet: [d_ap^2 - d_an^2 + m]+ on unit embeddings, mining=all/hard/semihard.
+    Schroff et al. 2015, 1503.03832. hard from scratch collapses: all embeddings equal, loss exactly m. Start semihard
+    or from a softmax model. all averages the non-zero triplets, so its loss hovers near m even while it learns."""
+
+    def __init__(self, m=0.2, mining="semihard"):
+        super().__init__(m, mining)
+
+    def forward(self, x, y):
+        q = 2 * cosines(x) - 2          # -d^2
+        return mean_of_triplets(self.cost, q, y, self.mining, costly_only=True)
+
+
+class TSE(Hinge):
     """Triplet similarity embedding: [a.n - a.p + m]+ of W x^ (Sankaranarayanan et al. 2016, 1602.03418).
     A linear W with k rows (0: 128, or the dimension if lower) for frozen features: --init CKPT --freeze.
     W starts as the first k axes and is part of the embedding ever after; another term of a sum sees x itself."""
 
     def __init__(self, dim, m=0.1, k=0, mining="all"):
-        super().__init__()
-        self.m, self.mining = m, mining
+        super().__init__(m, mining)
         self.projection = nn.Parameter(torch.eye(k or min(dim, 128), dim))
 
     def project(self, x):
         return F.linear(unit(x), self.projection)
-
-    def cost(self, gap):
-        return (gap + self.m).relu()
 
     def forward(self, x, y):
         z = self.project(x)
@@ -864,7 +854,7 @@ class NPair(nn.Module):
         anchor = (earlier == 0) & (same.sum(1) > 1)
         second = (same & (earlier == 1)).int().argmax(1)
         scores = x @ x[second].T                                        # column j: the second of j's person
-        rows = lse_where(scores, anchor.expand_as(same)) - scores.diagonal()
+        rows = lse_where(scores, anchor) - scores.diagonal()
         norms = x.square().sum(1)
         return mean_where(rows, anchor) + self.reg * norms.mean()
 
@@ -1349,7 +1339,6 @@ class Loss(nn.Module):
         self.balanced = any(isinstance(term, on_pairs) for term in modules)
         # In plain lists: an attribute that is a module would be registered and saved a second time.
         self.heads = [term for term in modules if isinstance(term, ClassWeights)]
-        self.metrics = [term for term in modules if hasattr(term, "score")]
         self.projections = [term for term in modules if hasattr(term, "project")]
         self.has_projection = bool(self.projections)
         if len(self.projections) > 1:
@@ -1374,7 +1363,9 @@ class Loss(nn.Module):
 
     @property
     def score(self):
-        return self.metrics[0].score if self.metrics else None
+        for term in self.terms:
+            if hasattr(term, "score"):
+                return term.score
 
     def project(self, x):
         project = self.projections[0].project if self.projections else nn.Identity()
@@ -1459,7 +1450,7 @@ ANGLES = {"m2", "m_low", "m_high"}      # and m of these losses:
 ANGULAR = {"arcface", "curricular", "subcenter", "elastic", "groupface"}
 
 
-def parse_value(key, text, default, most=100):
+def parse_value(key, text, default, most):
     """The value of key=text, of the default's type; integers are at most `most`. ValueError for one that cannot be
     meant."""
     kind = float if default is None else type(default)

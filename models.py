@@ -68,10 +68,10 @@ class Residual(nn.Module):
 class SqueezeExcite(nn.Module):
     """A gate on each channel, computed from the means of all (Hu et al., arXiv 1709.01507, section 3)."""
 
-    def __init__(self, channels, reduction=16):
+    def __init__(self, channels):
         super().__init__()
-        self.squeeze = nn.Linear(channels, channels // reduction)
-        self.excite = nn.Linear(channels // reduction, channels)
+        self.squeeze = nn.Linear(channels, channels // 16)
+        self.excite = nn.Linear(channels // 16, channels)
 
     def forward(self, x):
         means = x.mean((2, 3))                              # (B,C)

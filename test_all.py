@@ -4664,7 +4664,7 @@ def test_train_moving_average_is_the_plain_formula():
     for name, value in net.state_dict().items():
         if not value.is_floating_point():
             value.fill_(7)
-    train.update_average((train.split_by_kind(average), train.split_by_kind(net)), 0.8)
+    train.update_average(zip(average.state_dict().values(), net.state_dict().values()), 0.8)
     for name, value in net.state_dict().items():
         expected = value
         if value.is_floating_point():

@@ -202,8 +202,8 @@ def resumed_arguments(parser, args):
     parser.set_defaults(**kept)
     args = parser.parse_args()
     args.out = out
-    if args.init != ckpt["args"]["init"]:
-        args.init = os.path.abspath(args.init)                  # as parse_args() does
+    if args.init:
+        args.init = os.path.abspath(args.init)                  # as check_arguments() does
     if args.amp == "auto":
         args.amp = ckpt["args"]["amp"]
     differing = []
@@ -266,16 +266,17 @@ def start_from(net, path, arch, freeze):
 class Run:
     """A run of train.py. faces is the data set (data.FaceSet), train its training images (data.ImageSet).
 
-    What it trains: net, criterion. With what: opt, scaler, ema_net. How far it has come: step (steps done), best (the
-    lowest EER), log (a row for each whole epoch), epoch_stats. What save_last() writes, load() reads."""
+    What it trains: net, criterion. With what: opt, scaler. What is evaluated: eval_net, net itself or with --ema its
+    moving average. How far it has come: step (steps done), best (the lowest EER), log (a row for each whole epoch),
+    epoch_stats. What save_last() writes, load() reads."""
 
     def __init__(self, args, net, criterion, faces, train, device, processes):
         self.args, self.faces, self.train, self.device, self.processes = args, faces, train, device, processes
-        self.net, self.criterion = net, criterion
-        self.ema_net, self.averaged = None, None
+        self.net, self.criterion, self.eval_net = net, criterion, net
         if args.ema:
-            self.ema_net = copy.deepcopy(net).requires_grad_(False)
-            self.averaged = split_by_kind(self.ema_net), split_by_kind(net)      # lists made once, not at each step
+            self.eval_net = copy.deepcopy(net).requires_grad_(False)
+            averages, values = self.eval_net.state_dict().values(), net.state_dict().values()
+            self.averaged = list(zip(averages, values))         # made once, not at each step
         self.trainable = [p for p in [*net.parameters(), *criterion.parameters()] if p.requires_grad]
         if not self.trainable:
             raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
@@ -320,10 +321,6 @@ class Run:
     def out(self):
         return Path(self.args.out)
 
-    @property
-    def eval_net(self):
-        return self.ema_net if self.ema_net is not None else self.net
-
     def batches_of_epoch(self, epoch):
         """Row numbers (steps, batch) of all steps of an epoch."""
         args, train = self.args, self.train
@@ -335,21 +332,20 @@ class Run:
 
     # What is saved. best.pt holds what verify.py needs, last.pt what resuming needs as well.
 
-    def state(self, opt_state):
-        """(what both checkpoints hold, opt_state), with the class rows of all processes where --shard divides them.
+    def state(self):
+        """What both checkpoints hold, with the class rows of all processes where --shard divides them.
         To save more, add it here and read it in load(): tensors, numbers, strings, lists and dictionaries of them."""
-        loss_state, opt_state = map_class_rows(losses.gather_class_rows, self, self.criterion.state_dict(), opt_state)
+        loss_state = map_loss_rows(losses.gather_class_rows, self, self.criterion.state_dict())
         frozen = [name for name, p in self.net.named_parameters() if not p.requires_grad]
-        ema = self.ema_net.state_dict() if self.ema_net is not None else None
-        ckpt = {"face_checkpoint": verify.VERSION, "args": vars(self.args), "names": self.faces.names,
+        ema = self.eval_net.state_dict() if self.args.ema else None
+        return {"face_checkpoint": verify.VERSION, "args": vars(self.args), "names": self.faces.names,
                 "images": len(self.train.rows), "spec": self.criterion.spec, "frozen": frozen,
                 "model": self.net.state_dict(), "ema": ema, "loss": loss_state, "step": self.step, "best": self.best,
                 "seen": self.seen_before + self.step * self.batch_size, "data_digest": self.data_digest}
-        return ckpt, opt_state
 
     def save_best(self, validation):
         """Write OUT/best.pt. validation: the Scores of the validation pairs, or None."""
-        ckpt, _ = self.state({"state": {}})                     # without the optimizer's
+        ckpt = self.state()
         ckpt["val"] = None
         if validation is not None:
             ckpt["val"] = {"labels": torch.from_numpy(validation.labels), "scores": torch.from_numpy(validation.scores),
@@ -358,7 +354,8 @@ class Run:
 
     def save_last(self):
         """Write OUT/last.pt."""
-        ckpt, opt_state = self.state(self.opt.state_dict())
+        ckpt = self.state()
+        opt_state = map_optimizer_rows(losses.gather_class_rows, self, self.opt.state_dict())
         ckpt |= {"opt": opt_state, "scaler": self.scaler.state_dict(), "log": self.log, "sums": self.epoch_stats,
                  "spent": time.monotonic() - self.epoch_began}
         self.save("last.pt", ckpt)
@@ -391,14 +388,13 @@ class Run:
             raise ValueError(f"{self.args.data} has changed since {path}: other files, labels or validation pairs;"
                              f" start a new run, perhaps with --init {path}")
         try:
-            loss_state, opt_state = map_class_rows(losses.shard_class_rows, self, ckpt["loss"], ckpt["opt"])
             self.net.load_state_dict(ckpt["model"])
-            self.criterion.load_state_dict(loss_state)
-            self.opt.load_state_dict(opt_state)
+            self.criterion.load_state_dict(map_loss_rows(losses.shard_class_rows, self, ckpt["loss"]))
+            self.opt.load_state_dict(map_optimizer_rows(losses.shard_class_rows, self, ckpt["opt"]))
             if ckpt["scaler"]:                                  # empty if that precision needed none
                 self.scaler.load_state_dict(ckpt["scaler"])
-            if self.ema_net is not None:
-                self.ema_net.load_state_dict(ckpt["ema"])
+            if self.args.ema:
+                self.eval_net.load_state_dict(ckpt["ema"])
             self.step, self.best, self.log = ckpt["step"], ckpt["best"], ckpt["log"]
             self.seen_before = verify.images_seen(ckpt) - self.step * self.batch_size
             self.epoch_stats = ckpt["sums"].to(self.device)
@@ -467,7 +463,7 @@ def train_step(run, x, labels):
         clip_gradients(run, args.clip)
     run.scaler.step(run.opt)
     run.scaler.update()
-    if run.ema_net is not None:
+    if args.ema:
         decay = min(args.ema, (1 + run.step) / (10 + run.step))         # low at first: the weights change fast
         update_average(run.averaged, decay)
     run.step += 1
@@ -507,18 +503,13 @@ def set_train_mode(run):
                 module.eval()
 
 
-def split_by_kind(net):
-    """(what can be averaged, what can only be copied) of a network's state."""
-    values = list(net.state_dict().values())
-    return [v for v in values if v.is_floating_point()], [v for v in values if not v.is_floating_point()]
-
-
 def update_average(averaged, decay):
-    """average = decay average + (1 - decay) weights, in one call for all tensors. averaged is Run's."""
-    (averages, copies), (weights, counts) = averaged
-    torch._foreach_lerp_(averages, weights, 1 - decay)
-    if copies:                                                  # without batch norm there are none
-        torch._foreach_copy_(copies, counts)
+    """average = decay average + (1 - decay) value, for each (average, value) of averaged; counts are copied."""
+    for average, value in averaged:
+        if value.is_floating_point():
+            average.lerp_(value, 1 - decay)
+        else:
+            average.copy_(value)
 
 
 @torch.no_grad()
@@ -554,12 +545,12 @@ def finish_epoch(run, epoch, sets, whole):
     people = len(run.faces.names)
     per_centroid = min(8, max(1, SHOWN_OF_TRAIN // people))     # 8 is what verify.py takes
     found = verify.evaluate(run.eval_net, run.criterion, sets, people, per_centroid=per_centroid)
+    metrics = dict.fromkeys(["dev_acc1", "eer", "auc", "acc"], math.nan) | found.metrics
     steps = run.step - epoch * run.steps_per_epoch
     row = dict(
         epoch=epoch + 1, step=run.step, loss=float(run.epoch_stats[0] / run.epoch_stats[1]),
-        lr=run.opt.param_groups[0]["lr"], acc=found.metrics.get("dev_acc1", math.nan),
-        eer=found.metrics.get("eer", math.nan), auc=found.metrics.get("auc", math.nan),
-        pair_acc=found.metrics.get("acc", math.nan), img_per_s=steps * run.batch_size / seconds,
+        lr=run.opt.param_groups[0]["lr"], acc=metrics["dev_acc1"], eer=metrics["eer"], auc=metrics["auc"],
+        pair_acc=metrics["acc"], img_per_s=steps * run.batch_size / seconds,
         seconds=seconds + (run.log[-1]["seconds"] if run.log else 0))
     print_row(row, with_names=not run.log)
     note_busy_machine(run, row)
@@ -794,8 +785,9 @@ class Processes(NamedTuple):
 
 
 def find_processes():
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     if world_size > 1 and local_rank < torch.cuda.device_count():
@@ -896,35 +888,38 @@ def broadcast_replicated(criterion):
             dist.broadcast(value.detach(), 0)
 
 
-def map_class_rows(move, run, loss_state, opt_state):
-    """(loss_state, opt_state) with move, losses.gather_class_rows or shard_class_rows, applied to each tensor that
-    --shard divides: they are saved whole, and any number of processes goes on with them."""
-    rows_per_class, classes = run.criterion.rows_per_class, len(run.faces.names)
-    loss_state = dict(loss_state)
-    for name, k in rows_per_class.items():
-        loss_state[name] = move(loss_state[name], k, classes)
+def map_loss_rows(move, run, loss_state):
+    """loss_state with move, losses.gather_class_rows or shard_class_rows, applied to each tensor that --shard divides:
+    they are saved whole, and any number of processes goes on with them."""
+    moved = dict(loss_state)
+    for name, k in run.criterion.rows_per_class.items():
+        moved[name] = move(loss_state[name], k, len(run.faces.names))
+    return moved
 
-    k_of_param = {id(p): rows_per_class.get(name, 0) for name, p in run.criterion.named_parameters()}
+
+def map_optimizer_rows(move, run, opt_state):
+    """As map_loss_rows(), for what the optimizer keeps of the divided parameters."""
+    rows_per_class = run.criterion.rows_per_class
+    k_of_param = {p: rows_per_class[name] for name, p in run.criterion.named_parameters() if name in rows_per_class}
     params = [p for group in run.opt.param_groups for p in group["params"]]
     state = {}
     for number, values in opt_state["state"].items():
         state[number] = dict(values)
-        k = k_of_param.get(id(params[number]), 0)
+        k = k_of_param.get(params[number])
         for name, value in values.items():
             if k and torch.is_tensor(value) and value.ndim > 0:         # skips scalars: AdamW's count of steps
-                state[number][name] = move(value, k, classes)
-    return loss_state, {**opt_state, "state": state}
+                state[number][name] = move(value, k, len(run.faces.names))
+    return {**opt_state, "state": state}
 
 
 def clip_gradients(run, max_norm):
     """Clip the global gradient norm to max_norm. The squared norms of divided gradients are summed over processes."""
-    divided = [p for name, p in run.criterion.named_parameters() if name in run.criterion.rows_per_class]
-    divided_ids = {id(p) for p in divided}
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in run.trainable if p.grad is not None and id(p) not in divided_ids])
-    divided = [p.grad for p in divided if p.grad is not None]
+    rows_per_class = run.criterion.rows_per_class
+    divided = {p for name, p in run.criterion.named_parameters() if name in rows_per_class}
+    with_grad = [p for p in run.trainable if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p not in divided])
     if divided:
-        squared = torch.nn.utils.get_total_norm(divided).square()
+        squared = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p in divided]).square()
         norm = norm.hypot(losses.ReduceSum.apply(squared).sqrt())
     torch.nn.utils.clip_grads_with_norm_(run.trainable, max_norm, norm)
 
