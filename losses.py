@@ -1467,7 +1467,7 @@ def parse_value(key, text, default, most):
     if key in POSITIVE:
         wanted = "finite and positive"
     if key in AT_MOST_1:
-        highest, wanted = 1, "in 0..1"
+        highest, wanted = 1, "above 0 and at most 1" if key in POSITIVE else "in 0..1"
     if kind is int:
         highest, wanted = most, f"{wanted}, at most {most}"
     wrong_zero = value == 0 and key in POSITIVE and default != 0
@@ -1484,7 +1484,9 @@ def parse_arguments(name, text, dim):
         key, equals, value = pair.partition("=")
         if not known:
             raise ValueError(f"{name}: takes no arguments, not '{pair}'")
-        if key not in known or not equals:
+        if key in known and not equals:
+            raise ValueError(f"{name}: {key} without a value; write {key}=VALUE")
+        if key not in known:
             raise ValueError(f"{name}: {nearest('argument', key, list(known))}")
         if key in given:
             raise ValueError(f"{name}: {key} is given twice")
