@@ -40,13 +40,14 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 
 try:
     import fcntl
@@ -56,6 +57,7 @@ except ImportError:                     # Windows has no such locks: two runs mu
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 LEFT_BEHIND = "__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN"     # beside hidden files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY      # 64 MiB of text or profile, not 1
 
 
 # ---- Files: what lies where, and who is on it ----------------------------------------------------------------
@@ -139,23 +141,23 @@ def read_labels(folder):
     """(files, labels) of a folder with images/ and labels.txt; labels are the file's own integers.
     """
     images = os.path.join(folder, "images")
-    line_of, files, labels = {}, [], []
+    label_of = {}
     for i, line in read_lines(os.path.join(folder, "labels.txt")):
         where = f"{folder}/labels.txt:{i}"
         columns = line.rsplit(None, 1)                      # a file's name may have spaces
         if len(columns) != 2 or not is_number(columns[1]):
             raise ValueError(f"{where}: '{line:.200}' is not '<file> <label>' with a label of 0, 1, 2, ...")
         name, label = columns
-        if " " in name and not find_image(images, name):    # more likely a column too many
-            raise ValueError(f"{where}: '{line}' has {len(line.split())} columns, and no image has the name"
-                             f" '{name}'; write '<file> <label>'")
         file = checked_path(images, name, where)
-        if file in line_of:
-            raise ValueError(f"{where}: '{name}' stands on line {line_of[file]} already; keep one of them")
-        line_of[file] = i
-        files.append(file)
-        labels.append(int(label))
-    return files, labels
+        if file in label_of:
+            raise ValueError(f"{where}: '{name}' stands on an earlier line already; keep one of them")
+        label_of[file] = int(label)
+    return list(label_of), list(label_of.values())
+
+
+def is_image(name):
+    """Whether a file's name ends as an image's."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_left_behind(name):
@@ -167,11 +169,10 @@ def sub_folders(folder):
     """Names of the sub-folders that may be people's: not what is_left_behind(), nor runs of
     train.py."""
     names = []
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        is_run = any(os.path.lexists(os.path.join(path, file)) for file in ("log.csv", "last.pt"))
-        if os.path.isdir(path) and not is_run and not is_left_behind(name):
-            names.append(name)
+    for path in sorted(Path(folder).iterdir()):
+        is_run = os.path.exists(path / "log.csv") or os.path.exists(path / "last.pt")
+        if path.is_dir() and not is_run and not is_left_behind(path.name):
+            names.append(path.name)
     return names
 
 
@@ -180,10 +181,11 @@ def images_in(folder, skipped=None):
     no image's suffix."""
     images = []
     for entry in os.scandir(folder):
-        if os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            if not is_left_behind(entry.name):
-                images.append(entry.path)
-        elif skipped is not None and not is_left_behind(entry.name) and not entry.is_dir(follow_symlinks=False):
+        if is_left_behind(entry.name):
+            continue
+        if is_image(entry.name):
+            images.append(entry.path)
+        elif skipped is not None and not entry.is_dir(follow_symlinks=False):
             skipped.append(entry.path)
     return sorted(images)
 
@@ -218,8 +220,7 @@ def read_split(folder, skipped=None):
 
 def why_skipped(file):
     """The reason for a file in read_split()'s list of skipped ones."""
-    has_suffix = os.path.splitext(file)[1].lower() in SUFFIXES
-    return "beside the people's folders" if has_suffix else "without an image's suffix"
+    return "beside the people's folders" if is_image(file) else "without an image's suffix"
 
 
 def read_labelled(folder, skipped=None):
@@ -268,10 +269,9 @@ def read_lfw(path, folder):
 
 
 def is_header(row, folder):
-    """Whether no cell of a pair list's first row is a label, or the name of an image."""
+    """Whether no cell of a .csv's first row is a label, or the name of an image."""
     for cell in row:
-        has_suffix = os.path.splitext(cell)[1].lower() in SUFFIXES
-        if has_suffix or cell in ("0", "1") or find_image(folder, cell):
+        if is_image(cell) or cell in ("0", "1") or find_image(folder, cell):
             return False
     return True
 
@@ -287,11 +287,8 @@ def read_pairs(path, folder):
         rows.append((i, [c.strip() for c in columns]))
     if rows and not is_csv and is_number("".join(rows[0][1])):
         rows, folds = read_lfw(path, folder)
-    elif rows and is_header(rows[0][1], folder):
-        number, cells = rows.pop(0)
-        if not is_csv:
-            raise ValueError(f"{path}:{number}: '{' '.join(cells):.200}' names no image in {folder}; if it is a header,"
-                             " delete the line")
+    elif rows and is_csv and is_header(rows[0][1], folder):
+        rows.pop(0)
     if not rows:
         raise ValueError(f"{path}: no pairs in it; write '<image> <image> <0|1>' a line")
     width = len(rows[0][1])
@@ -341,8 +338,7 @@ def find_root(path):
             if not any(map(is_left_behind, folder.relative_to(path).parts)):
                 found.append(folder)
         if len(found) > 1:
-            sets = ", ".join(str(f.parent) for f in found)
-            raise ValueError(f"{path}: several data sets ({sets}); name one of them")
+            raise ValueError(f"{path}: several data sets, as {found[0].parent} and {found[1].parent}; name one")
         if found:
             return found[0].parent
     while True:                                             # a folder with nothing but a folder is gone through
@@ -353,9 +349,8 @@ def find_root(path):
 
 
 def hold_out(files, labels, share, seed):
-    """(rest, Pairs): a share of the people with two images or more leaves the training set; rest
-    are the rows that stay. Genuine pairs of these people (up to 10 a person, 5,000 in all) and as
-    many impostor pairs are drawn."""
+    """(people, Pairs): a share of the people with two images or more, drawn to leave the training set.
+    Genuine pairs of theirs (up to 10 a person, 5,000 in all) and as many impostor pairs are drawn."""
     rng = np.random.default_rng(seed)
 
     def draw(items, most):
@@ -386,10 +381,8 @@ def hold_out(files, labels, share, seed):
     # an image that is in several pairs is listed once
     rows, position = np.unique(genuine + impostor, return_inverse=True)
     left, right = position.reshape(-1, 2).T
-    for person in held_out:
-        del rows_of[person]
-    rest = sorted(itertools.chain(*rows_of.values()))
-    return rest, Pairs([files[i] for i in rows], left, right, np.repeat([1, 0], len(genuine)))
+    same = np.repeat([1, 0], len(genuine))
+    return set(held_out), Pairs([files[i] for i in rows], left, right, same)
 
 
 def number_classes(files, labels, class_of):
@@ -424,8 +417,7 @@ def describe_missing(root, skipped, lists):
     for file in sorted(skipped):
         skipped_for.setdefault(why_skipped(file), []).append(os.path.relpath(file, root))
     for why, files in skipped_for.items():
-        more = ", ..." if len(files) > 3 else ""
-        notes.append(f"{len(files)} files skipped, {why}: {', '.join(files[:3])}{more}")
+        notes.append(f"{len(files)} files skipped, {why}: {', '.join(files[:3])}")
     return notes
 
 
@@ -443,17 +435,11 @@ def load(path, holdout=0.1, seed=0):
         raise ValueError(f"{val_pairs.path}:1: no label; write '<image> <image> <0|1>', and what has no labels to"
                          " test_pairs")
     if val_pairs is None and holdout:
-        people = set(labels)
-        rest, val_pairs = hold_out(files, labels, holdout, seed)
-        held_out = people - {labels[i] for i in rest}
-        files, labels = without_people(files, labels, held_out)
-        before = sum(len(split) for split, _ in others)
-        others = [without_people(*split, held_out) for split in others]
-        fewer = before - sum(len(split) for split, _ in others)
-        notes.append(f"no val_pairs: {len(held_out)} of {len(people)} people held out (seed {seed}) for"
-                     f" {len(val_pairs.labels)} validation pairs")
-        if fewer:
-            notes.append(f"{fewer} images of theirs in dev and test are left out")
+        people, val_pairs = hold_out(files, labels, holdout, seed)
+        notes.append(f"no val_pairs: {len(people)} of {len(set(labels))} people held out with all their images"
+                     f" (seed {seed}) for {len(val_pairs.labels)} validation pairs")
+        files, labels = without_people(files, labels, people)
+        others = [without_people(*split, people) for split in others]
     names = sorted(set(labels))
     if len(names) < 2:
         raise ValueError(f"{root}: one person in all; add another, a classifier needs two at least")
@@ -476,34 +462,20 @@ def set_digest(faces):
     """16 hex digits over what training and validation rest on: names below the root and lengths of
     their files, labels, pairs. A set that is moved or copied keeps its digest."""
     digest = hashlib.sha256()
-
-    def add(files, *numbers):
+    parts = [faces.train]
+    if faces.val_pairs:
+        parts.append(faces.val_pairs[:4])                   # files, left, right, labels
+    for files, *numbers in parts:
         for file in files:
             name = str(file).removeprefix(str(faces.root))
+            name = os.path.join("/", name)                  # alike where the root is "."
             digest.update(os.fsencode(f"{name}\0{file_state(file)[0]}\n"))
         for column in numbers:
             digest.update(np.asarray(column, np.int64).tobytes())
-
-    add(*faces.train)
-    if faces.val_pairs:
-        add(faces.val_pairs.files, faces.val_pairs.left, faces.val_pairs.right, faces.val_pairs.labels)
     return digest.hexdigest()[:16]
 
 
 # ---- Packs: images decoded once ------------------------------------------------------------------------------
-
-def upright(im):
-    """A PIL image turned as its EXIF data say, of which nothing else is read."""
-    im.load()                                               # TIFFs are turned while they are loaded
-    orientation = 1
-    with contextlib.suppress(Exception):                    # odd EXIF data are no reason to do without the pixels
-        orientation = im.getexif().get(0x0112, 1)
-    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-             7: "TRANSVERSE", 8: "ROTATE_90"}
-    if orientation in turns:
-        return im.transpose(Image.Transpose[turns[orientation]])
-    return im
-
 
 def to_8_bits(im):
     """A grey image of whole numbers or floats as one of 8 bits, where convert() would clip at 255.
@@ -516,21 +488,12 @@ def to_8_bits(im):
     return Image.fromarray((grey * 255 / fitting[0]).round().clip(0, 255).astype(np.uint8))
 
 
-def png_pixels(content):
-    """The bytes of a PNG without the chunks that tell nothing about its pixels: text, profiles."""
-    kept, i = content[:8], 8
-    while i < len(content):
-        end = i + 12 + int.from_bytes(content[i:i + 4], "big")      # length, type, data, checksum
-        if content[i + 4:i + 8] in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
-            kept += content[i:end]
-        i = end
-    return kept
-
-
 def to_rgb(im):
     """A PIL image in RGB as a viewer shows it: EXIF rotation, palettes, grey, 16 bit, alpha (over
     white)."""
-    im = upright(im)
+    im = im.copy()                                          # TIFFs are turned while they are loaded
+    with contextlib.suppress(Exception):                    # odd EXIF data are no reason to do without the pixels
+        ImageOps.exif_transpose(im, in_place=True)
     if im.mode.startswith(("I", "F")):                      # 16-bit PNG, and TIFF
         im = to_8_bits(im)
     if im.has_transparency_data:
@@ -540,17 +503,9 @@ def to_rgb(im):
 
 
 def rgb(file):
-    """to_rgb() of an image file. A PNG whose text or profile is odd is read without them."""
-    regular(file)
-    try:
-        with Image.open(file) as im:
-            return to_rgb(im)
-    except Exception:
-        content = Path(file).read_bytes()
-        if content.startswith(b"\x89PNG"):
-            with contextlib.suppress(Exception), Image.open(io.BytesIO(png_pixels(content))) as im:
-                return to_rgb(im)
-        raise
+    """to_rgb() of an image file."""
+    with Image.open(regular(file)) as im:
+        return to_rgb(im)
 
 
 def decode(file, size, crop=1.0):
@@ -560,28 +515,23 @@ def decode(file, size, crop=1.0):
         im = to_rgb(file) if isinstance(file, Image.Image) else rgb(file)
         return np.asarray(ImageOps.fit(im, (size, size), Image.BICUBIC, (1 - crop) / 2))
     except Exception as e:                                  # Pillow raises a dozen kinds on broken files
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise ValueError(f"{file}: not a readable image ({reason})") from None
+        message = f"{file}: not a readable image ({str(e) or type(e).__name__})"
+        raise ValueError(" ".join(message.split())) from None       # one line, as a file's name may have breaks
 
 
 def measure(file):
     """(width, height) by an image's header, None where it is not readable; pack() is what counts
     the unreadable."""
-    with contextlib.suppress(Exception):
-        with Image.open(regular(file)) as im:
-            return im.size
-    with contextlib.suppress(Exception):
-        return rgb(file).size
-    return None
+    with contextlib.suppress(Exception), Image.open(regular(file)) as im:
+        return im.size
 
 
 def native_size(files):
     """The side in pixels that most of the first hundred images have, within 32..256; 112 if none is
     readable."""
     sides = Counter(min(s) for s in map(measure, files[:100]) if s)
-    if not sides:
-        return 112
-    return min(256, max(32, sides.most_common(1)[0][0]))
+    side = max(sides, key=sides.get, default=112)
+    return min(256, max(32, side))
 
 
 def release_pages(rows):
@@ -594,7 +544,7 @@ class Images:
     """uint8 faces (n, S, S, 3) indexed by an array of row numbers: rows of a pack, or files decoded
     as asked."""
 
-    def __init__(self, files, size, rows=None, crop=1.0):
+    def __init__(self, files, size, rows, crop):
         self.files, self.size, self.rows, self.crop = files, size, rows, crop
         self.unreadable = {}                                # {number: why}, where pack() has read them all
         self.rows_read = 0
@@ -605,7 +555,8 @@ class Images:
     def __getitem__(self, index):
         if self.rows is None:
             with ThreadPoolExecutor() as pool:
-                return np.stack(list(pool.map(lambda i: decode(self.files[i], self.size, self.crop), index)))
+                images = pool.map(lambda i: decode(self.files[i], self.size, self.crop), index)
+                return np.stack(list(images))
         self.rows_read += len(index)
         if self.rows_read * self.size ** 2 * 3 > 2 ** 28:   # every 256 MiB
             release_pages(self.rows)
@@ -640,19 +591,16 @@ def cache_folder(root):
     raise ValueError(f"{root} is read-only and so is {home}; set XDG_CACHE_HOME to a folder with room for packs")
 
 
-def reserve(path, shape):
-    """A new .npy file in path with the header of a uint8 array, open for its rows; None where the
-    disk has no room."""
-    f = open(path, "wb")
+def reserve(f, shape):
+    """Begin the new file f as the .npy file of a uint8 array. Returns whether the disk has room for it."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(f.fileno(), 0, math.prod(shape) + 128)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            f.close()
-            return None                                     # other errors: it cannot reserve space; go on without
+            return False                                    # other errors: it cannot reserve space; go on without
     np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return f
+    return True
 
 
 def decode_all(files, out, size, crop, what):
@@ -664,8 +612,7 @@ def decode_all(files, out, size, crop, what):
         try:
             return decode(files[i], size, crop), ""
         except ValueError as e:
-            reason = " ".join(str(e).split())               # a file's name may have a line break
-            return black, f"{i}\t{reason}\n"
+            return black, f"{i}\t{e}\n"
 
     unreadable, progress = "", Progress(f"decoding {what}", len(files))
     with ThreadPoolExecutor() as pool:
@@ -729,32 +676,28 @@ def build_pack(target, listing, has_room, files, size, crop, what):
     """Decode files into a pack and its listing, and remove older packs of its kind. Returns whether
     there was room for it."""
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    out = None
     for damaged in (target, listing):
         damaged.unlink(missing_ok=True)
     try:
+        with open(temporary, "wb") as out:
+            has_room = has_room and reserve(out, (len(files), size, size, 3))
+            lines = decode_all(files, out if has_room else None, size, crop, what)
         if has_room:
-            out = reserve(temporary, (len(files), size, size, 3))
-        lines = decode_all(files, out, size, crop, what).encode("utf-8", "surrogateescape")
-        if out:
-            out.close()                                     # Windows renames no open file
             os.replace(temporary, target)
+        lines = lines.encode("utf-8", "surrogateescape")
         write(listing, lines + checksum(target, lines))
     except OSError as e:
         e.filename = e.filename or str(temporary)
         raise
     finally:
-        if out:
-            with contextlib.suppress(OSError):
-                out.close()
         temporary.unlink(missing_ok=True)
-    if out:
+    if has_room:
         kind, _ = target.name.rsplit("-", 1)
         for old in target.parent.glob(f"{kind}-*"):         # a process that has it mapped can go on reading it
             if not old.name.startswith(target.stem):
                 with contextlib.suppress(OSError):          # on Windows it stays, too
                     old.unlink()
-    return bool(out)
+    return has_room
 
 
 def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
@@ -1021,9 +964,8 @@ class ImagePairDataset(torch.utils.data.Dataset):
 # ---- Shared by the scripts -----------------------------------------------------------------------------------
 
 def regular(path):
-    """path, or a file object as it is. OSError for a pipe, a device or a folder: to open one may
-    wait for ever."""
-    if isinstance(path, (str, os.PathLike)) and os.path.exists(path) and not os.path.isfile(path):
+    """path. OSError for a pipe, a device or a folder: to open one may wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path
 
@@ -1078,10 +1020,9 @@ class Progress:
         if not self.visible or now - self.printed <= 0.2 and not is_last:
             return
         self.printed = now
-        rate = done / max(now - self.started, 1e-9)
-        seconds = (self.total - done) / max(rate, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds))
-        print(f"\r{self.what} {done}/{self.total}, {rate:.0f} {self.unit}/s, {left} left\x1b[K",
+        seconds = max(now - self.started, 1e-9)
+        left = timedelta(seconds=int(seconds * (self.total - done) / done))
+        print(f"\r{self.what} {done}/{self.total}, {done / seconds:.0f} {self.unit}/s, {left} left\x1b[K",
               end="\n" if is_last else "", file=sys.stderr, flush=True)
 
 
@@ -1108,7 +1049,7 @@ class Output:
 
     def attempt(self, method, *arguments):
         try:
-            return getattr(self.stream, method)(*arguments)
+            getattr(self.stream, method)(*arguments)
         except (OSError, ValueError):
             null = open(os.devnull, "w")
             with contextlib.suppress(OSError, ValueError):  # what it has not yet written follows
@@ -1116,28 +1057,19 @@ class Output:
             self.stream = null
 
     def write(self, text):
-        return self.attempt("write", text)
+        self.attempt("write", text)
 
     def flush(self):
-        return self.attempt("flush")
-
-
-def check_start():
-    """ValueError for what argparse, or a library, would answer with a traceback."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise ValueError("the working folder has been deleted; cd to one that exists") from None
-    for argument in sys.argv[1:]:
-        if argument.startswith("--") and argument.endswith("=--"):      # an empty list to argparse
-            usage(f"{argument[:-3]}: '--' is no value")
+        self.attempt("flush")
 
 
 def cli(main):
     """Run a script's main(): a ValueError or OSError is one line on stderr and exit code 2."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        check_start()
+        for argument in sys.argv[1:]:
+            if argument.endswith("=--"):                    # an empty list to argparse
+                usage(f"{argument[:-3]}: '--' is no value")
         return main()
     except (ValueError, OSError) as e:
         text = str(e)
@@ -1287,7 +1219,7 @@ def draw_panel(pen, x, width, height, title, x_label, y_label, series, axes=""):
         drawn.append(read_series(i, logs, *given))
         if name[:1] != "_":                                 # not for the legend
             names[name] = drawn[i][2]
-    points = np.concatenate([p for p, _, _ in drawn] + [np.empty((0, 2))])
+    points = np.concatenate([p for p, _, _ in drawn])
     if not len(points):
         points = np.zeros((1, 2))
     left, middle, top = x + 156, x + 57 + width / 2, 102
@@ -1335,15 +1267,13 @@ def draw_tile(image, caption, colour, side):
     """A tile of sheet() with 4 pixels around it; the lines of the caption are cut to the picture's
     width."""
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.ascontiguousarray(image))
+        image = Image.fromarray(image)
         image = image.resize((round(image.width * side / image.height), side), Image.LANCZOS)
     width, height, lines = image.width, image.height, caption.splitlines()
-    tile = Image.new("RGB", (width + 8, height + 14 * len(lines) + 8), "white")
+    framed = ImageOps.expand(image, 3, colour or "white")
+    tile = ImageOps.expand(framed, (1, 1, 1, 1 + 14 * len(lines)), "white")
     pen = ImageDraw.Draw(tile)
     pen.font = ImageFont.load_default(11)
-    if colour:
-        pen.rectangle((1, 1, width + 6, height + 6), colour)
-    tile.paste(image, (4, 4))
     for i, text in enumerate(lines):
         while pen.textlength(text) > width and len(text) > 3:
             text = text.rstrip("…")[:-1] + "…"
@@ -1606,7 +1536,7 @@ def expose(canvas, q, rng):
     return (image * 255).clip(0, 255).astype(np.uint8)
 
 
-def face(p, rng, size=64):
+def face(p, rng, size):
     """A photograph of person p: (size, size, 3) uint8, a function of p and the generator's state
     alone."""
     q = draw_from(rng, SHOT)
@@ -1721,15 +1651,15 @@ def read_landmarks(path, root):
 def read_names(path, root):
     """The people in LFW's lists (peopleDevTrain.txt, people.txt): lines '<name> <number of images>',
     and among them lines of one number, which count the people that follow."""
-    names = set()
+    people, names = set(sub_folders(root)), set()
     for i, line in read_lines(path):
-        if os.path.isdir(os.path.join(root, line)):         # a name may be a number, or end in one
+        name = re.sub(r"\s+\d+$", "", line)
+        if line in people:                                  # a name may be a number, or end in one
             names.add(line)
-        elif not line.isdecimal():
-            name = re.sub(r"\s+\d+$", "", line)
-            if not os.path.isdir(os.path.join(root, name)):
-                raise ValueError(f"{path}:{i}: no folder '{name}' in {root}; copy it there or delete the line")
+        elif name in people:
             names.add(name)
+        elif not line.isdecimal():
+            raise ValueError(f"{path}:{i}: no folder '{name}' in {root}; copy it there or delete the line")
     return names
 
 
@@ -1747,7 +1677,7 @@ def align(photo, transform, size):
     return photo.transform((size, size), Image.AFFINE, way_back, Image.BICUBIC)
 
 
-def cut_face(file, size, box=None, landmarks=None):
+def cut_face(file, size, box, landmarks):
     """PIL image (size, size) of a photograph's face, by its box (left, top, right, bottom) or by
     read_landmarks(), black beyond the photograph. None without either: it is a face as it is."""
     photo = rgb(file)
@@ -1764,29 +1694,30 @@ def cut_face(file, size, box=None, landmarks=None):
     return face
 
 
-def write_faces(target_of, size, box, landmarks):
-    """Write cut_face() of each file to target_of[file], or a copy where that is None. Returns the
+def write_faces(file_of, size, box, landmarks):
+    """Write cut_face() of file_of[target] to each target, or a copy where that is None. Returns the
     lines 'file<tab>reason' of what could not be used.
 
     Faces are JPEG, as the lists of LFW and the homework call them and a third of PNG's bytes; of
     quality 95 and with all of the colour.
     """
-    def write_face(file):
+    def write_face(target):
+        file = file_of[target]
         try:
             face = cut_face(file, size, box, landmarks)
         except Exception as e:                              # as in decode()
             reason = " ".join(str(e).split()) or type(e).__name__
             return [f"{file}\t{reason}"]
-        target_of[file].parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if face:
-            face.save(target_of[file], quality=95, subsampling=0)
+            face.save(target, quality=95, subsampling=0)
         else:
-            shutil.copyfile(file, target_of[file])
+            shutil.copyfile(file, target)
         return []
 
-    left_out, progress = [], Progress("preparing", len(target_of))
+    left_out, progress = [], Progress("preparing", len(file_of))
     with ThreadPoolExecutor() as pool:
-        for i, lines in enumerate(pool.map(write_face, target_of), 1):
+        for i, lines in enumerate(pool.map(write_face, file_of), 1):
             left_out += lines
             progress.update(i)
     return left_out
@@ -1797,10 +1728,8 @@ def draw_pairs(people, rows_of, rng):
     491 in all, and 509 impostor pairs for every 491."""
     genuine, impostor = [], set()
     for person in people:
-        count = math.comb(len(rows_of[person]), 2)
-        for k in rng.sample(range(count), min(8, count)):   # the k-th pair, without a list of all
-            pairs = itertools.combinations(rows_of[person], 2)
-            genuine.append(next(itertools.islice(pairs, k, None)))
+        pairs = list(itertools.combinations(rows_of[person], 2))
+        genuine += rng.sample(pairs, min(8, len(pairs)))
     genuine = rng.sample(genuine, min(491, len(genuine)))
     while len(impostor) < round(len(genuine) * 509 / 491):
         one, two = rng.sample(people, 2)
@@ -1830,8 +1759,7 @@ def lay_out_homework(source, root):
     several = rng.sample(several, min(320, len(several) // 3))
     single = rng.sample(single, min(400, len(single) // 3))
     lines, row_of = {"answers.txt": []}, {}                 # by the name of a list, or of an image's new file
-    label = 0
-    for person in sorted(rows_of.keys() - (several + single)):
+    for label, person in enumerate(sorted(rows_of.keys() - (several + single))):
         rows = rows_of[person]
         for row in rows:
             split = "dev" if row == rows[-1] and len(rows) >= 4 else "train"
@@ -1839,7 +1767,6 @@ def lay_out_homework(source, root):
             name = f"{split}_{len(listing):06d}{Path(files[row]).suffix}"
             row_of[f"cls_data/{split}/images/{name}"] = row
             listing.append(f"{name} {label}")
-        label += 1
 
     def anonymous(row):
         """The image's name in ver_data, which does not tell who it is."""
@@ -1871,24 +1798,24 @@ def lay_out_homework(source, root):
         write(root / name, "\n".join(listing) + "\n")
 
 
-def prepare(person_of, out, size=112, box=None, landmarks=None, homework=False):
+def prepare(person_of, out, size, box, landmarks, homework):
     """Write the faces of photographs {file: person} to the folder out, new or empty: a folder a person,
     or the homework's layout. left_out.txt there lists what could not be used. See cut_face(); without
     box and landmarks the files are copied."""
     out = Path(os.path.realpath(out))
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: there already; name a new folder")
     draft = out.with_name(f"{out.name}.{os.getpid()}.part")
-    faces, target_of, file_of = draft / "people", {}, {}
+    faces, file_of = draft / "people", {}
     for file, person in person_of.items():
         target = faces / person / Path(file).name
         if box or landmarks is not None:
             target = target.with_suffix(".jpg")
         if target in file_of:
             raise ValueError(f"{file_of[target]} and {file}: both would be {target.name}; rename one")
-        target_of[file], file_of[target] = target, file
+        file_of[target] = file
     try:
-        left_out = write_faces(target_of, size, box, landmarks)
+        left_out = write_faces(file_of, size, box, landmarks)
         if len(left_out) == len(person_of):
             raise ValueError(f"{left_out[0]}; none of {len(left_out)} photographs can be used")
         if homework:
@@ -1943,7 +1870,8 @@ def compare_images(packs, root):
                 square += share * (colours ** 2).mean(0)
             for row, image in zip(rows[i:], block):
                 file = os.path.relpath(images.files[row], root)
-                first = first_with.setdefault(hashlib.sha256(image).digest(), file)
+                digest = hashlib.sha256(image).digest()
+                first = first_with.setdefault(digest, file)
                 if first != file:
                     duplicates.append(f"{file} = {first}")
             progress.update(i + len(block))
@@ -1957,7 +1885,8 @@ def draw_contact_sheet(path, faces, images, rows, augmented):
     heading = "drawn at random"
     if augmented:
         heading = "as training sees them"
-        x = augment(torch.from_numpy(tiles), {name: long for name, (_, long, _) in AUGMENT.items()})
+        strength = {name: long for name, (_, long, _) in AUGMENT.items()}
+        x = augment(torch.from_numpy(tiles), strength)
         tiles = ((x + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
     counts = np.bincount(faces.train.labels)
     if counts.max() < 100:
@@ -1967,7 +1896,8 @@ def draw_contact_sheet(path, faces, images, rows, augmented):
     bars = {"": (edges - 0.5, np.histogram(counts, edges)[0], "bars")}
     chart = plot(None, [("images a person", "images", "people", bars, axes)], 12 * 72, 240)
     title = f"{faces.root.name}: {len(rows)} training images of {len(faces.names)} people"
-    sheet(path, title, [("", 1, [(chart, "", None)]), (heading, 12, [(tile, "", None) for tile in tiles])], 64)
+    faces_shown = [(tile, "", None) for tile in tiles]
+    sheet(path, title, [("", 1, [(chart, "", None)]), (heading, 12, faces_shown)], 64)
 
 
 def parse_args():
@@ -2031,7 +1961,8 @@ def main():
     for name in ("train", "dev", "test", "val_pairs", "test_pairs"):
         split = getattr(faces, name)
         if split:
-            images, rows = packs[name] = pack(split.files, size, cache, name)
+            packs[name] = pack(split.files, size, cache, name)
+            images, rows = packs[name]
             print(f"{name}: {describe(split, len(images) - len(rows))}")
     mean, deviation, duplicates = compare_images(packs, faces.root)
     print("train, 0..1: mean {:.4f} {:.4f} {:.4f}, standard deviation {:.4f} {:.4f} {:.4f} (red, green, blue)".format(
@@ -2039,8 +1970,6 @@ def main():
     print(f"duplicates: {len(duplicates)} images equal an earlier one once decoded")
     for line in duplicates[:10]:
         print(f"    {line}")
-    if len(duplicates) > 10:
-        print("    ...")
     draw_contact_sheet(args.sheet, faces, *packs["train"], args.augment)
     print(f"contact sheet: {args.sheet}")
 
