@@ -122,33 +122,44 @@ RESUMING_KEYS = {"step", "best", "images", "opt", "scaler", "log", "sums"}
 TRAINING_RANGES = {"epochs": (int, 1, ANY), "batch_size": (int, 2, ANY), "per_person": (int, 2, ANY),
                    "lr": (float, 0, ANY), "weight_decay": (float, 0, ANY), "warmup": (float, 0, 1),
                    "clip": (float, 0, ANY), "ema": (float, 0, 1), "save_every": (float, 0, ANY)}
+OPTIONAL_RANGES = {"lr_end": (float, 0, 1), **dict.fromkeys(data.AUGMENT, (float, 0, 90))}     # older runs lack some
 TRAINING_SWITCHES = "shard", "freeze", "compile"
 LOG_COLUMNS = {"epoch", "step", "loss", "lr", "acc", "eer", "auc", "pair_acc", "img_per_s", "seconds"}
-OPTIMIZERS = {"adamw": (torch.optim.AdamW, {"step", "exp_avg", "exp_avg_sq"}),
-              "muon": (torch.optim.AdamW, {"step", "exp_avg", "exp_avg_sq"}),
-              "sgd": (torch.optim.SGD, {"momentum_buffer"})}       # and what it keeps of each parameter
-KEPT_BY_MUON = {"step", "momentum_buffer"}                         # of the kernels in its last group
+GROUP_RANGES = {"lr": (float, 0, ANY), "weight_decay": (float, 0, ANY), "momentum": (float, 0, 1)}
+KEPT_BY_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+# The class of each --opt, and what it keeps of a parameter in each of its groups.
+OPTIMIZERS = {"adamw": (torch.optim.AdamW, [KEPT_BY_ADAM] * 2),
+              "muon": (torch.optim.AdamW, [KEPT_BY_ADAM, KEPT_BY_ADAM, {"step", "momentum_buffer"}]),
+              "sgd": (torch.optim.SGD, [{"momentum_buffer"}] * 2)}
 
 
-def demand(right, path, field, wanted):
-    """ValueError in one line unless a checkpoint's field is right."""
+@contextlib.contextmanager
+def checking(path):
+    """Inside, a demand() that is not met is a ValueError in one line that names the file."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"{path}: damaged, {e}; name another best.pt or last.pt") from None
+
+
+def demand(right, field, wanted):
+    """ValueError unless a checkpoint's field is right."""
     if not right:
-        raise ValueError(f"{path}: damaged, its {field} is not {wanted}; name another best.pt or last.pt")
+        raise ValueError(f"its {field} is not {wanted}")
 
 
-def demand_keys(fields, keys, path, field):
-    demand(isinstance(fields, dict), path, field, "a dictionary")
+def demand_keys(fields, keys, field):
+    demand(isinstance(fields, dict), field, "a dictionary")
     missing = sorted(keys - fields.keys())
-    if missing:
-        raise ValueError(f"{path}: damaged, its {field} lacks {', '.join(missing)}; name another best.pt or last.pt")
+    demand(not missing, field, f"complete: no {', '.join(missing)}")
 
 
-def demand_ranges(fields, ranges, path, prefix=""):
+def demand_ranges(fields, ranges, prefix=""):
     """Each field that is there is a number of the kind and range that ranges gives for its name."""
     for name, (kind, low, high) in ranges.items():
         if name in fields:
             what = "a whole number" if kind is int else "a number"
-            demand(is_number(fields[name], kind, low, high), path, prefix + name, f"{what} in {low:g}..{high:g}")
+            demand(is_number(fields[name], kind, low, high), prefix + name, f"{what} in {low:g}..{high:g}")
 
 
 def is_number(value, kind, low, high):
@@ -159,6 +170,10 @@ def is_text(value):
     return isinstance(value, str) and len(value) < 4096 and "\0" not in value
 
 
+def are_texts(values):
+    return isinstance(values, list) and all(map(is_text, values))
+
+
 def is_tensor(value):
     """A tensor of numbers in memory, neither sparse nor one that has a shape only."""
     return torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
@@ -166,47 +181,42 @@ def is_tensor(value):
 
 def check_fields(ckpt, path):
     """ValueError in one line for a field that is missing, of a wrong type, or outside its range."""
-    demand_keys(ckpt, CHECKPOINT_KEYS, path, "content")
-    args, names = ckpt["args"], ckpt["names"]
-    demand_keys(args, ARGUMENT_RANGES.keys() - {"crop"}, path, "args")
-    for name in ARGUMENT_TEXTS:
-        demand(is_text(args.get(name)), path, f"args.{name}", "a text")
-    demand(args["arch"] in models.ARCHS, path, "args.arch", "one of train.py's --arch help")
-    demand_ranges(args, ARGUMENT_RANGES, path, "args.")
-    demand_ranges(ckpt, COUNT_RANGES, path)
-    demand(is_text(ckpt["spec"]), path, "spec", "a text")
-    demand(isinstance(names, list) and names, path, "names", "a list of people")
-    demand(all(map(is_text, names)), path, "names", "a list of texts")
-    frozen = ckpt.get("frozen", [])
-    demand(isinstance(frozen, list) and all(map(is_text, frozen)), path, "frozen", "a list of texts")
-    check_weights(ckpt["model"], path, "model")
-    check_weights(ckpt["loss"], path, "loss")
-    if ckpt["ema"] is not None:
-        check_weights(ckpt["ema"], path, "ema")
-    if ckpt.get("val") is not None:
-        check_validation(ckpt["val"], path)
+    with checking(path):
+        demand_keys(ckpt, CHECKPOINT_KEYS, "content")
+        args, names = ckpt["args"], ckpt["names"]
+        demand_keys(args, ARGUMENT_RANGES.keys() - {"crop"}, "args")
+        for name in ARGUMENT_TEXTS:
+            demand(is_text(args.get(name)), f"args.{name}", "a text")
+        demand(args["arch"] in models.ARCHS, "args.arch", "one of train.py's --arch help")
+        demand_ranges(args, ARGUMENT_RANGES, "args.")
+        demand_ranges(ckpt, COUNT_RANGES)
+        demand(is_text(ckpt["spec"]), "spec", "a text")
+        demand(are_texts(names) and names, "names", "a list of people")
+        demand(are_texts(ckpt.get("frozen", [])), "frozen", "a list of texts")
+        check_weights(ckpt["model"], "model")
+        check_weights(ckpt["loss"], "loss")
+        if ckpt["ema"] is not None:
+            check_weights(ckpt["ema"], "ema")
+        if ckpt.get("val") is not None:
+            check_validation(ckpt["val"])
 
 
-def check_weights(weights, path, field):
-    demand(isinstance(weights, dict), path, field, "a dictionary of tensors")
+def check_weights(weights, field):
+    demand(isinstance(weights, dict), field, "a dictionary of tensors")
     for name, value in weights.items():
-        demand(is_text(name) and is_tensor(value), path, f"{field}.{name}", "a tensor")
-        if value.is_floating_point():
-            finite = bool(value.isfinite().all())
-            demand(finite, path, f"{field}.{name}", "finite; the weights diverged")
+        demand(is_text(name) and is_tensor(value), f"{field}.{name}", "a tensor")
+        demand(value.isfinite().all(), f"{field}.{name}", "finite; the weights diverged")
 
 
-def check_validation(val, path):
-    demand_keys(val, {"labels", "scores"}, path, "val")
-    labels, scores = val["labels"], val["scores"]
-    for name, value in ("labels", labels), ("scores", scores):
-        demand(is_tensor(value) and value.ndim == 1, path, f"val.{name}", "a tensor of one axis")
-    demand(labels.dtype in (torch.int32, torch.int64), path, "val.labels", "a tensor of whole numbers")
-    demand(labels.unique().tolist() == [0, 1], path, "val.labels", "of ones and zeros")
-    demand(scores.dtype in (torch.float32, torch.float64), path, "val.scores", "a tensor of floats")
-    demand(len(scores) == len(labels), path, "val.scores", "as long as val.labels")
-    demand(bool(scores.isfinite().all()), path, "val.scores", "finite")
-    demand(is_text(val.get("mark", "")), path, "val.mark", "a text")
+def check_validation(val):
+    demand_keys(val, {"labels", "scores"}, "val")
+    for name in ("labels", "scores"):
+        demand(is_tensor(val[name]), f"val.{name}", "a tensor")
+    try:
+        eer.split(val["labels"].numpy(), val["scores"].numpy())
+    except (ValueError, TypeError, RuntimeError) as e:      # numpy has no such numbers, or not with gradient
+        raise ValueError(f"its val holds no scored pairs ({e})") from None
+    demand(is_text(val.get("mark", "")), "val.mark", "a text")
 
 
 def check_backbone(ckpt, path):
@@ -249,72 +259,70 @@ def check_resumable(ckpt, path):
     if not RESUMING_KEYS <= ckpt.keys():
         raise ValueError(f"{path} is not the last.pt of a run, for it lacks"
                          f" {', '.join(sorted(RESUMING_KEYS - ckpt.keys()))}; start anew, perhaps with --init {path}")
-    args, sums, best, log = ckpt["args"], ckpt["sums"], ckpt["best"], ckpt["log"]
-    needed = {*TRAINING_RANGES, *TRAINING_SWITCHES, "amp", "init", "opt", "steps"}
-    demand_keys(args, needed, path, "args")
-    if_there = {name: (float, 0, 90) for name in data.AUGMENT}
-    if_there["lr_end"] = (float, 0, 1)                      # older runs have none
-    demand_ranges(args, TRAINING_RANGES | if_there, path, "args.")
-    for name in TRAINING_SWITCHES:
-        demand(isinstance(args[name], bool), path, f"args.{name}", "true or false")
-    demand(args["amp"] in ["auto", "bf16", "fp16", "off"], path, "args.amp", "a precision")
-    demand(args["opt"] in list(OPTIMIZERS), path, "args.opt", "adamw, muon or sgd")
-    demand(args["init"] is None or is_text(args["init"]), path, "args.init", "a text")
-    demand(args["steps"] is None or is_number(args["steps"], int, 1, ANY), path, "args.steps", "a whole number")
-
-    check_loss(ckpt, args["loss"], path)
+    check_loss(ckpt, ckpt["args"]["loss"], path)
     check_backbone(ckpt, path)
-    check_optimizer(ckpt, path)
-    demand(type(best) in (int, float), path, "best", "a number")        # infinite before the first, NaN without pairs
-    demand(is_tensor(sums) and sums.shape == (3,) and sums.dtype == torch.float32, path, "sums", "three floats")
-    demand(bool(sums.isfinite().all()), path, "sums", "finite")
-    demand(isinstance(log, list) and len(log) <= ckpt["step"], path, "log", "a list of rows, one an epoch")
-    for i, row in enumerate(log):
-        demand_keys(row, LOG_COLUMNS, path, f"log[{i}]")
-        demand_ranges(row, {"epoch": (int, i + 1, i + 1), "step": (int, i + 1, ckpt["step"])}, path, f"log[{i}].")
-        for name in LOG_COLUMNS:
-            demand(type(row[name]) in (int, float), path, f"log[{i}].{name}", "a number")
+    with checking(path):
+        check_arguments(ckpt["args"])
+        check_optimizer(ckpt)
+        check_progress(ckpt)
 
 
-def check_optimizer(ckpt, path):
+def check_arguments(args):
+    demand_keys(args, {*TRAINING_RANGES, *TRAINING_SWITCHES, "amp", "init", "opt", "steps"}, "args")
+    demand_ranges(args, TRAINING_RANGES | OPTIONAL_RANGES, "args.")
+    for name in TRAINING_SWITCHES:
+        demand(isinstance(args[name], bool), f"args.{name}", "true or false")
+    demand(args["amp"] in ["auto", "bf16", "fp16", "off"], "args.amp", "a precision")
+    demand(args["opt"] in list(OPTIMIZERS), "args.opt", "adamw, muon or sgd")
+    demand(args["init"] is None or is_text(args["init"]), "args.init", "a text")
+    demand(args["steps"] is None or is_number(args["steps"], int, 1, ANY), "args.steps", "a whole number")
+
+
+def check_optimizer(ckpt):
     """ValueError unless opt and scaler are what the optimizer of args.opt and a gradient scaler save."""
-    kind, kept = OPTIMIZERS[ckpt["args"]["opt"]]
+    kind, kept_of_groups = OPTIMIZERS[ckpt["args"]["opt"]]
     defaults = kind([torch.zeros(1)]).defaults
-    demand_keys(ckpt["opt"], {"state", "param_groups"}, path, "opt")
-    state, groups = ckpt["opt"]["state"], ckpt["opt"]["param_groups"]
-    is_muon = ckpt["args"]["opt"] == "muon"
-    wanted = 3 if is_muon else 2
-    demand(isinstance(groups, list) and len(groups) == wanted, path, "opt.param_groups", f"a list of {wanted}")
-    numbers = []
-    for group in groups:
-        demand_keys(group, {"params", "lr", "weight_decay"}, path, "opt.param_groups")
-        demand(isinstance(group["params"], list), path, "opt.param_groups.params", "a list")
-        for name in group.keys() & defaults.keys() - {"lr", "weight_decay", "momentum", "nesterov", "fused"}:
-            as_made = repr(group[name]) == repr(defaults[name])
-            demand(as_made, path, f"opt.param_groups.{name}", f"{defaults[name]}")
-        ours = {"lr": (float, 0, ANY), "weight_decay": (float, 0, ANY), "momentum": (float, 0, 1)}
-        demand_ranges(group, ours, path, "opt.param_groups.")
+    demand_keys(ckpt["opt"], {"state", "param_groups"}, "opt")
+    state, groups, wanted = ckpt["opt"]["state"], ckpt["opt"]["param_groups"], len(kept_of_groups)
+    demand(isinstance(groups, list) and len(groups) == wanted, "opt.param_groups", f"a list of {wanted}")
+    numbers, kept = [], []                                  # of all parameters
+    for group, kept_of_each in zip(groups, kept_of_groups):
+        demand_keys(group, {"params", "lr", "weight_decay"}, "opt.param_groups")
+        demand(isinstance(group["params"], list), "opt.param_groups.params", "a list")
+        for name in group.keys() & defaults.keys() - GROUP_RANGES.keys() - {"nesterov", "fused"}:
+            demand(repr(group[name]) == repr(defaults[name]), f"opt.param_groups.{name}", defaults[name])
+        demand_ranges(group, GROUP_RANGES, "opt.param_groups.")
         numbers += group["params"]
-    counted = repr(numbers) == repr(list(range(len(numbers))))
-    demand(counted, path, "opt.param_groups.params", "0, 1, 2, ...")
+        kept += [kept_of_each] * len(group["params"])
+    demand(repr(numbers) == repr(list(range(len(numbers)))), "opt.param_groups.params", "0, 1, 2, ...")
 
-    demand(isinstance(state, dict), path, "opt.state", "a dictionary")
+    demand(isinstance(state, dict), "opt.state", "a dictionary")
     allowed = {value.shape for weights in (ckpt["model"], ckpt["loss"]) for value in weights.values()}
     for number, values in state.items():
-        demand(number in numbers, path, "opt.state", "of numbered parameters")
-        names = kept
-        if is_muon and number in groups[-1]["params"]:
-            names = KEPT_BY_MUON
-        demand_keys(values, names, path, f"opt.state[{number}]")
-        for name in names:
+        demand(is_number(number, int, 0, len(kept) - 1), "opt.state", "of numbered parameters")
+        demand_keys(values, kept[number], f"opt.state[{number}]")
+        for name in kept[number]:
             value, field = values[name], f"opt.state[{number}].{name}"
-            demand(is_tensor(value) and value.is_floating_point(), path, field, "a tensor of floats")
-            demand(value.shape in allowed | {()}, path, field, "of a weight's shape")
+            demand(is_tensor(value) and value.is_floating_point(), field, "a tensor of floats")
+            demand(value.shape in allowed | {()}, field, "of a weight's shape")
 
     scaler = ckpt["scaler"]
-    demand(isinstance(scaler, dict), path, "scaler", "a dictionary")
+    demand(isinstance(scaler, dict), "scaler", "a dictionary")
     for name, value in scaler.items():
-        demand(is_number(value, float, 0, ANY), path, f"scaler.{name}", "a number")
+        demand(is_number(value, float, 0, ANY), f"scaler.{name}", "a number")
+
+
+def check_progress(ckpt):
+    sums, log, last_step = ckpt["sums"], ckpt["log"], ckpt["step"]
+    demand(type(ckpt["best"]) in (int, float), "best", "a number")      # infinite before the first, NaN without pairs
+    right = is_tensor(sums) and sums.shape == (3,) and sums.dtype == torch.float32
+    demand(right and sums.isfinite().all(), "sums", "three finite floats")
+    demand(isinstance(log, list) and len(log) <= last_step, "log", "a list of rows, one an epoch")
+    for i, row in enumerate(log):
+        demand_keys(row, LOG_COLUMNS, f"log[{i}]")
+        demand_ranges(row, {"epoch": (int, i + 1, i + 1), "step": (int, i + 1, last_step)}, f"log[{i}].")
+        for name in LOG_COLUMNS:
+            demand(type(row[name]) in (int, float), f"log[{i}].{name}", "a number")
 
 
 # ---- Embeddings and scores ---------------------------------------------------------------------------------------
@@ -342,16 +350,16 @@ class Embedder(torch.nn.Module):
 
 def check_images(images, size):
     """ValueError unless images are data.Images or uint8 (N, S, S, 3), of a model's size where that is told."""
-    found = "data.Images"
     if isinstance(images, data.Images):
-        shape = (len(images), images.size, images.size, 3)
+        height = width = images.size
     else:
         shape, found = np.shape(images), getattr(images, "dtype", type(images).__name__)
-    if found not in ("data.Images", np.uint8) or len(shape) != 4 or shape[3] != 3:
-        raise ValueError(f"images of type {found} and shape {tuple(shape)}; give uint8 (N, S, S, 3), or any images to"
-                         " verify.Verifier")
-    if size and shape[1:3] != (size, size):
-        raise ValueError(f"images of {shape[1]}x{shape[2]} pixels, but the model is of size {size}: resize them, as"
+        if found != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"images of type {found} and shape {tuple(shape)}; give uint8 (N, S, S, 3), or any images"
+                             " to verify.Verifier")
+        _, height, width, _ = shape
+    if size and (height, width) != (size, size):
+        raise ValueError(f"images of {height}x{width} pixels, but the model is of size {size}: resize them, as"
                          " verify.Verifier does")
 
 
@@ -421,16 +429,11 @@ def minus_distance(a, b):
     return -(a.double() - b.double()).norm(dim=-1)
 
 
-def score(z, pairs, similarity=None):
-    """Scores (n,) float64 of pairs; row i of the embeddings z (N, D) belongs to pairs.files[i].
+def score_rows(a, b, similarity=None):
+    """Scores (...) float64 of the embeddings a and b (..., D), row by row.
 
     similarity maps two arrays of embeddings (..., D) to (...); None is the cosine of unit embeddings.
     """
-    return score_rows(z[pairs.left], z[pairs.right], similarity)
-
-
-def score_rows(a, b, similarity=None):
-    """Scores (...) float64 of the embeddings a and b (..., D), row by row; similarity is score()'s."""
     scores = (a.double() * b.double()).sum(-1) if similarity is None else similarity(a, b)
     return scores.detach().double().numpy()
 
@@ -494,9 +497,11 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
         if start == 0:                                      # just below the k-th best: all that equal it enter
             kth_best = scores.topk(k)[0][:, -1:]
             floor = torch.nextafter(kth_best, torch.tensor(-np.inf))
-        probe, column, value = above_floor(scores, floor)   # the candidates, and with them the best so far
+        hopeful = torch.nonzero(scores.amax(1) > floor[:, 0]).flatten()     # few probes, after the first blocks
+        i, column = torch.nonzero(scores[hopeful] > floor[hopeful], as_tuple=True)
+        probe = hopeful[i]                                  # the candidates, and with them the best so far
+        value = np.append(best, scores[probe, column])
         probe = np.append(np.repeat(np.arange(len(probes)), best.shape[1]), probe)
-        value = np.append(best, value)
         row = np.append(best_rows, column + start)
         order = np.lexsort((row, -value, probe))            # by probe, then the highest score, then the row
         first = np.searchsorted(probe[order], np.arange(len(probes)))
@@ -507,24 +512,6 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
             data.release_pages(gallery)
         progress.update(start + len(g))
     return best, best_rows
-
-
-def above_floor(scores, floor):
-    """(probe, column, score), each (m,): the scores (P, n) above the probe's floor (P, 1), which are few.
-
-    To find them without a look at each, the n columns are folded to 64 rows of n / 64 cells: column c goes to row
-    c // cells of cell c % cells. One maximum over the rows then rules out the 64 columns of a cell at once.
-    """
-    missing = -scores.shape[1] % 64
-    if missing:
-        scores = F.pad(scores, (0, missing), value=-np.inf)
-    folded = scores.view(len(scores), 64, -1)               # (P, 64, cells)
-    cells = folded.shape[2]
-    probe, cell = torch.nonzero(folded.amax(1) > floor, as_tuple=True)
-    inside = folded[probe, :, cell]                         # (cells with a score above, 64)
-    i, row = torch.nonzero(inside > floor[probe], as_tuple=True)
-    column = row * cells + cell[i]
-    return probe[i].numpy(), column.numpy(), inside[i, row].numpy()
 
 
 # ---- The one evaluation ------------------------------------------------------------------------------------------
@@ -568,7 +555,8 @@ def score_pairs(net, criterion, pair_set, metric=None, mirror="mean"):
     images, pairs = pair_set
     project, similarity = metric_of(criterion, metric)
     z = embed(net, images, project, mirror)
-    return Scores(pairs.labels, score(z, pairs, similarity), pairs_digest(pairs)), z
+    scores = score_rows(z[pairs.left], z[pairs.right], similarity)
+    return Scores(pairs.labels, scores, pairs_digest(pairs)), z
 
 
 def pairs_digest(pairs):
@@ -627,20 +615,23 @@ class Verifier:
 
     def embeddings_of(self, x):
         """Unit embeddings (N, D), or (D,) of a single one, as a tensor."""
-        is_embedding = isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim in (1, 2)
-        z = torch.from_numpy(np.array(x, np.float32) if is_embedding else self.embed(x))
-        if not is_embedding and not isinstance(x, (list, tuple)):
-            z = z[0]
-        return F.normalize(z, dim=-1)
+        if isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim in (1, 2):
+            z = np.array(x, np.float32)
+        elif isinstance(x, (list, tuple)):
+            z = self.embed(x)
+        else:
+            z = self.embed(x)[0]
+        return F.normalize(torch.from_numpy(z), dim=-1)
 
     def threshold(self, far=None):
         """Where the validation EER is, or the lowest that keeps the false accept rate far on validation. ValueError
         for far outside 0..1, and for a checkpoint without validation scores."""
         if far is not None and not 0 < far < 1:
             raise ValueError(f"far={far}: a rate lies between 0 and 1; give 1e-3 for one in a thousand")
-        threshold, why = threshold_of(self.known, far)
         if self.known is None:
-            raise ValueError(f"{self.path}: {why.partition(';')[0]}; choose a threshold of your own for score()")
+            raise ValueError(f"{self.path} has no threshold, for it has no validation scores; choose one of your own"
+                             " for score()")
+        threshold, _ = threshold_of(self.known, far)
         return threshold
 
     def same(self, a, b, far=None):
@@ -652,16 +643,15 @@ def checked_image(i, image):
     """The i-th image of a list, a path or a PIL image; ValueError if it is none of what Verifier takes."""
     if isinstance(image, (str, os.PathLike)):
         return image
+    found = type(image).__name__
     try:
         if isinstance(image, Image.Image):
             image.load()                                    # PIL decodes only here, so a broken file fails here
             return image
-        found = type(image).__name__
         if isinstance(image, np.ndarray):
-            is_grey, is_colour = image.ndim == 2, image.ndim == 3 and image.shape[2] == 3
-            if image.dtype == np.uint8 and (is_grey or is_colour):
-                return Image.fromarray(image)
             found = f"an array {image.shape} of {image.dtype}"
+            if image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in ((), (3,)):
+                return Image.fromarray(image)
     except Exception as e:                                  # as in data.decode()
         found = " ".join(str(e).split()) or type(e).__name__
     raise ValueError(f"image {i}: {found}; give a path, a PIL image, or a uint8 array (H, W, 3) or (H, W)")
@@ -713,7 +703,6 @@ class Embedded(NamedTuple):
 
 def save_embeddings(path, embedded):
     """Write path, in float16 if it ends in .f16.npy, and beside it a .txt with lines of image, tab, name."""
-    path = Path(path).with_suffix(".npy")
     dtype = np.float16 if path.stem.endswith(".f16") else np.float32
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(embedded.z, dtype))
@@ -725,7 +714,6 @@ def save_embeddings(path, embedded):
 
 def check_replaceable(path):
     """ValueError if save_embeddings(path) would overwrite files that it has not written itself."""
-    path = Path(path).with_suffix(".npy")
     listing = path.with_suffix(".txt")
     if not (path.exists() or listing.exists()):
         return
@@ -804,8 +792,8 @@ def embed_files(net, trained, folder, files, labels, project, mirror, max_unread
     """(Embedded, why the unreadable are left out) of a folder's files; labels of each, or None."""
     if not files:
         raise ValueError(f"{folder}: no such folder, or no images in it and its sub-folders; name another")
-    size, crop, cache = trained["size"], trained["crop"], data.cache_folder(folder)
-    images, rows = data.pack(files, size, cache, "faces", crop, max_unreadable)
+    cache = data.cache_folder(folder)
+    images, rows = data.pack(files, trained["size"], cache, "faces", trained["crop"], max_unreadable)
     z = embed(net, images, project, mirror, rows=rows).numpy()
     names = [str(labels[i]) for i in rows] if labels else None
     return Embedded(z, [files[i] for i in rows], names), list(images.unreadable.values())
@@ -825,9 +813,9 @@ def embed_folder(net, criterion, ckpt, args, threshold_from):
         skipped = [f"{file}: {data.why_skipped(file)}" for file in skipped]
     project, _ = metric_of(criterion, args.metric)
     embedded, unreadable = embed_files(net, ckpt["args"], folder, files, labels, project, args.mirror, 0.99)
-    save_embeddings(args.save_embeddings, embedded)
+    path = args.save_embeddings
+    save_embeddings(path, embedded)
     skipped += unreadable
-    path = Path(args.save_embeddings).with_suffix(".npy")
     text = f"{len(embedded.z)} images of {args.images}: {path}, listed in {path.with_suffix('.txt')}"
     reasons = path.with_suffix(".skipped.txt")
     reasons.unlink(missing_ok=True)                         # of an earlier time
@@ -884,9 +872,8 @@ def threshold_scores(net, criterion, ckpt, args, threshold_from):
         pairs = data.read_pairs(threshold_from, folder)
         if pairs.labels is None:
             raise ValueError(f"{threshold_from}: pairs without labels; a threshold needs 0 or 1 in each line")
-        size, crop, cache = ckpt["args"]["size"], ckpt["args"]["crop"], data.cache_folder(folder)
-        images, _ = data.pack(pairs.files, size, cache, "threshold_pairs", crop, max_unreadable=0)
-        scores, _ = score_pairs(net, criterion, data.PairSet(images, pairs), args.metric, args.mirror)
+        pair_set = pack_pairs(pairs, ckpt["args"], data.cache_folder(folder), "threshold_pairs")
+        scores, _ = score_pairs(net, criterion, pair_set, args.metric, args.mirror)
         return scores
     return validation_scores(ckpt, criterion, args.metric, args.mirror)
 
@@ -989,7 +976,7 @@ def identify(net, criterion, ckpt, args, threshold_from):
 
     # Write who was found, a row a probe.
     answers = np.where(accepted, predicted[:, 0], NOBODY)
-    out = Path(args.out or "identification.csv")
+    out = Path(args.out)
     write_csv(out, ["id", "label"], enumerate(answers))
     entries, lines, rows = [], [], []
     for i, file in enumerate(probes.files):
@@ -1233,24 +1220,22 @@ def collapse(z, labels, weight=None):
 
 def compare(folders):
     """Runs of train.py, lowest validation EER first, with every argument in which they differ: (result, table)."""
-    runs, arguments = [], []
+    found = []
     for folder in map(Path, folders):
         try:
-            run, args = summary(folder)
+            found.append(summary(folder))
         except (ValueError, OSError) as e:
             print("left out:", e, file=sys.stderr)
-            continue
-        runs.append(run)
-        arguments.append(args)
-    if not runs:
+    if not found:
         raise ValueError(f"{' '.join(folders)}: no run of train.py with a best.pt and a log.csv; name runs/*")
+    found.sort(key=lambda run_and_args: np.nan_to_num(run_and_args[0]["EER"], nan=2))
+    runs, arguments = zip(*found)
     names = {name for args in arguments for name in args} - {"arch", "loss", "out", "resume"}
     for name in sorted(names):
         values = [str(args.get(name)) for args in arguments]
         if len(set(values)) > 1:
             for run, value in zip(runs, values):
                 run[f"--{name.replace('_', '-')}"] = value
-    runs.sort(key=lambda run: np.nan_to_num(run["EER"], nan=2))
     shown = {float: eer.percent, int: "{:,}".format, str: str}
     rows = [[shown[type(value)](value) for value in run.values()] for run in runs]
     return {"runs": runs}, eer.table([list(runs[0]), *rows])
@@ -1369,6 +1354,7 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
     result, lines = {}, [faces.note]
     if draws_panel and "train" in sets:
         panel, numbers = embedding_panel(net, criterion, sets["train"])
+        result.update(numbers)
         lines.append("neural collapse of the training embeddings drawn (0: complete):\n    "
                      + "   ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
     if "val_pairs" in sets:
@@ -1382,8 +1368,6 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
         if args.plots and len(args.ckpt) == 1:
             draw_hardest(args.plots, sets["val_pairs"], scores["val_pairs"].scores, result["threshold"])
     result.update(metrics)
-    if panel:
-        result.update(numbers)
     for name in ("dev", "test"):
         if name in sets:
             top1, top5 = result[f"{name}_acc1"], result[f"{name}_acc5"]
@@ -1409,8 +1393,8 @@ def find_faces(args, trained):
     if args.pairs:
         folder = args.images or "."
         pairs = data.read_pairs(args.pairs, folder)
-        faces = data.FaceSet(Path(folder), [], None, None, None, None, None, "")
-        return faces._replace(test_pairs=pairs) if pairs.labels is None else faces._replace(val_pairs=pairs)
+        val, test = (None, pairs) if pairs.labels is None else (pairs, None)
+        return data.FaceSet(Path(folder), [], None, None, None, val, test, "")
     faces = data.load(args.data or trained["data"], trained["holdout"], trained["seed"])
     if not (faces.val_pairs or faces.test_pairs):
         looked_for = ", ".join([*data.list_names("val_pairs"), *data.list_names("test_pairs")])
@@ -1428,12 +1412,16 @@ def pack_sets(faces, names, args):
     for name in names:
         part = getattr(faces, name)
         if isinstance(part, data.Pairs):
-            images, _ = data.pack(part.files, args["size"], cache, name, args["crop"], max_unreadable=0)
-            sets[name] = data.PairSet(images, part)
+            sets[name] = pack_pairs(part, args, cache, name)
         elif part and part.labels is not None:
             images, rows = data.pack(part.files, args["size"], cache, name, args["crop"])
             sets[name] = data.ImageSet(images, part.labels, rows)
     return sets
+
+
+def pack_pairs(pairs, args, cache, what):
+    images, _ = data.pack(pairs.files, args["size"], cache, what, args["crop"], max_unreadable=0)
+    return data.PairSet(images, pairs)
 
 
 # ---- Command line: all of them -----------------------------------------------------------------------------------
@@ -1546,8 +1534,8 @@ def parse_args():
         " several checkpoints]")
     add("--plots", metavar="DIR", type=Path, help="roc.png, scores.png, hardest.png and scores.csv; ranks.png for"
         " --probes; embeddings.png for checkpoints of --dim 2 [none]")
-    add("--save-embeddings", metavar="FILE.npy", help="the embeddings of the pairs' or the gallery's images, with"
-        " FILE.txt listing the images; float16 for FILE.f16.npy [no]")
+    add("--save-embeddings", metavar="FILE.npy", type=Path, help="the embeddings of the pairs' or the gallery's images,"
+        " with FILE.txt listing the images; float16 for FILE.f16.npy [no]")
     add("--export", metavar="FILE.pt2", help="the model as a program of torch.export: uint8 images (B, S, S, 3) to unit"
         " embeddings [no]")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -1556,6 +1544,10 @@ def parse_args():
         images = [name for name in option if name and os.path.splitext(name)[1].lower() in data.SUFFIXES]
         args.files += images
         option[:] = [name for name in option if name not in images]
+    if args.save_embeddings:
+        args.save_embeddings = args.save_embeddings.with_suffix(".npy")
+    if args.probes:
+        args.out = args.out or "identification.csv"
     check(args)
     check_used(args, parser)
     if len(args.threshold_from) == 1:                       # for all checkpoints
@@ -1587,10 +1579,7 @@ def check(args):
                          " give one each")
     if args.save_embeddings:
         check_replaceable(args.save_embeddings)
-    out = args.out
-    if args.probes and not out:
-        out = "identification.csv"
-    for written in (out, args.save_embeddings, args.export):
+    for written in (args.out, args.save_embeddings, args.export):
         if written:
             check_writable(written)
     if args.probes and not args.gallery:
@@ -1642,8 +1631,7 @@ def main():
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
     if args.compare:
-        result, table = compare(args.compare)
-        print_result(result, table, args.json)
+        print_result(*compare(args.compare), args.json)
         return
 
     # Each checkpoint and each file of scores, then the mean of all.
