@@ -558,7 +558,7 @@ class Images:
                 images = pool.map(lambda i: decode(self.files[i], self.size, self.crop), index)
                 return np.stack(list(images))
         self.rows_read += len(index)
-        if self.rows_read * self.size ** 2 * 3 > 2 ** 28:   # every 256 MiB
+        if self.rows_read * self.size ** 2 * 3 > 2 ** 30:   # every GiB
             release_pages(self.rows)
             self.rows_read = 0
         return self.rows[index]
