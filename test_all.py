@@ -4593,8 +4593,8 @@ import data, train
 real, calls = data.augment, []
 def augment(*args):
     calls.append(1)
-    if environ["RANK"] == "1" and len(calls) == 6:
-        if environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if os.environ["RANK"] == "1" and len(calls) == 6:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), 9)
         raise ValueError("the fan is broken")
     return real(*args)
