@@ -47,7 +47,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 try:
     import fcntl
@@ -57,7 +57,6 @@ except ImportError:                     # Windows has no such locks: two runs mu
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 LEFT_BEHIND = "__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN"     # beside hidden files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY      # 64 MiB of text or profile, not 1
 
 
 # ---- Files: what lies where, and who is on it ----------------------------------------------------------------
@@ -269,7 +268,7 @@ def read_lfw(path, folder):
 
 
 def is_header(row, folder):
-    """Whether no cell of a .csv's first row is a label, or the name of an image."""
+    """Whether no cell of a pair list's first row is a label, or the name of an image."""
     for cell in row:
         if is_image(cell) or cell in ("0", "1") or find_image(folder, cell):
             return False
@@ -287,8 +286,11 @@ def read_pairs(path, folder):
         rows.append((i, [c.strip() for c in columns]))
     if rows and not is_csv and is_number("".join(rows[0][1])):
         rows, folds = read_lfw(path, folder)
-    elif rows and is_csv and is_header(rows[0][1], folder):
-        rows.pop(0)
+    elif rows and is_header(rows[0][1], folder):
+        number, cells = rows.pop(0)
+        if not is_csv:
+            raise ValueError(f"{path}:{number}: '{' '.join(cells):.200}' names no image in {folder}; if it is a header,"
+                             " delete the line")
     if not rows:
         raise ValueError(f"{path}: no pairs in it; write '<image> <image> <0|1>' a line")
     width = len(rows[0][1])
@@ -417,7 +419,8 @@ def describe_missing(root, skipped, lists):
     for file in sorted(skipped):
         skipped_for.setdefault(why_skipped(file), []).append(os.path.relpath(file, root))
     for why, files in skipped_for.items():
-        notes.append(f"{len(files)} files skipped, {why}: {', '.join(files[:3])}")
+        more = ", ..." if len(files) > 3 else ""
+        notes.append(f"{len(files)} files skipped, {why}: {', '.join(files[:3])}{more}")
     return notes
 
 
@@ -477,6 +480,19 @@ def set_digest(faces):
 
 # ---- Packs: images decoded once ------------------------------------------------------------------------------
 
+def upright(im):
+    """A PIL image turned as its EXIF data say, of which nothing else is read."""
+    im.load()                                               # TIFFs are turned while they are loaded
+    orientation = 1
+    with contextlib.suppress(Exception):                    # odd EXIF data are no reason to do without the pixels
+        orientation = im.getexif().get(0x0112, 1)
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+             7: "TRANSVERSE", 8: "ROTATE_90"}
+    if orientation in turns:
+        return im.transpose(Image.Transpose[turns[orientation]])
+    return im
+
+
 def to_8_bits(im):
     """A grey image of whole numbers or floats as one of 8 bits, where convert() would clip at 255.
     White is the smallest usual value (1, 255, 65535, 2 ** 31 - 1) that no pixel exceeds."""
@@ -488,12 +504,21 @@ def to_8_bits(im):
     return Image.fromarray((grey * 255 / fitting[0]).round().clip(0, 255).astype(np.uint8))
 
 
+def png_pixels(content):
+    """The bytes of a PNG without the chunks that tell nothing about its pixels: text, profiles."""
+    kept, i = content[:8], 8
+    while i < len(content):
+        end = i + 12 + int.from_bytes(content[i:i + 4], "big")      # length, type, data, checksum
+        if content[i + 4:i + 8] in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            kept += content[i:end]
+        i = end
+    return kept
+
+
 def to_rgb(im):
     """A PIL image in RGB as a viewer shows it: EXIF rotation, palettes, grey, 16 bit, alpha (over
     white)."""
-    im = im.copy()                                          # TIFFs are turned while they are loaded
-    with contextlib.suppress(Exception):                    # odd EXIF data are no reason to do without the pixels
-        ImageOps.exif_transpose(im, in_place=True)
+    im = upright(im)
     if im.mode.startswith(("I", "F")):                      # 16-bit PNG, and TIFF
         im = to_8_bits(im)
     if im.has_transparency_data:
@@ -503,9 +528,17 @@ def to_rgb(im):
 
 
 def rgb(file):
-    """to_rgb() of an image file."""
-    with Image.open(regular(file)) as im:
-        return to_rgb(im)
+    """to_rgb() of an image file. A PNG whose text or profile is odd is read without them."""
+    regular(file)
+    try:
+        with Image.open(file) as im:
+            return to_rgb(im)
+    except Exception:
+        content = Path(file).read_bytes()
+        if content.startswith(b"\x89PNG"):
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(png_pixels(content))) as im:
+                return to_rgb(im)
+        raise
 
 
 def decode(file, size, crop=1.0):
@@ -522,8 +555,12 @@ def decode(file, size, crop=1.0):
 def measure(file):
     """(width, height) by an image's header, None where it is not readable; pack() is what counts
     the unreadable."""
-    with contextlib.suppress(Exception), Image.open(regular(file)) as im:
-        return im.size
+    with contextlib.suppress(Exception):
+        with Image.open(regular(file)) as im:
+            return im.size
+    with contextlib.suppress(Exception):
+        return rgb(file).size
+    return None
 
 
 def native_size(files):
@@ -1063,13 +1100,22 @@ class Output:
         self.attempt("flush")
 
 
+def check_start():
+    """ValueError for what argparse, or a library, would answer with a traceback."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the working folder has been deleted; cd to one that exists") from None
+    for argument in sys.argv[1:]:
+        if argument.startswith("--") and argument.endswith("=--"):      # an empty list to argparse
+            usage(f"{argument[:-3]}: '--' is no value")
+
+
 def cli(main):
     """Run a script's main(): a ValueError or OSError is one line on stderr and exit code 2."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        for argument in sys.argv[1:]:
-            if argument.endswith("=--"):                    # an empty list to argparse
-                usage(f"{argument[:-3]}: '--' is no value")
+        check_start()
         return main()
     except (ValueError, OSError) as e:
         text = str(e)
@@ -1728,8 +1774,10 @@ def draw_pairs(people, rows_of, rng):
     491 in all, and 509 impostor pairs for every 491."""
     genuine, impostor = [], set()
     for person in people:
-        pairs = list(itertools.combinations(rows_of[person], 2))
-        genuine += rng.sample(pairs, min(8, len(pairs)))
+        count = math.comb(len(rows_of[person]), 2)
+        for k in rng.sample(range(count), min(8, count)):   # the k-th pair, without a list of all
+            pairs = itertools.combinations(rows_of[person], 2)
+            genuine.append(next(itertools.islice(pairs, k, None)))
     genuine = rng.sample(genuine, min(491, len(genuine)))
     while len(impostor) < round(len(genuine) * 509 / 491):
         one, two = rng.sample(people, 2)
@@ -1970,6 +2018,8 @@ def main():
     print(f"duplicates: {len(duplicates)} images equal an earlier one once decoded")
     for line in duplicates[:10]:
         print(f"    {line}")
+    if len(duplicates) > 10:
+        print("    ...")
     draw_contact_sheet(args.sheet, faces, *packs["train"], args.augment)
     print(f"contact sheet: {args.sheet}")
 

@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import re
 import reprlib
 import runpy
@@ -111,7 +112,10 @@ def words(*argv):
     """The arguments of a command line: a string may hold several, a path is one."""
     found = []
     for argument in argv:
-        found += [str(argument)] if isinstance(argument, Path) else str(argument).split()
+        if isinstance(argument, Path):
+            found.append(str(argument))
+        else:
+            found += str(argument).split()
     return found
 
 
@@ -547,7 +551,7 @@ def test_data_counts_and_names_what_it_skipped(tmp):
     for name in "Ann/a.heic", "Bo/b", "Bo/c", "Cy/d.txt", "list.txt":
         (tmp / name).touch()
     note = data.load(tmp).note
-    assert "4 files skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c" in note
+    assert "4 files skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c, .." in note
     assert "1 files skipped, beside the people's folders: loose.png" in note and "list.txt" not in note
     out, _ = run(tmp, data, "--data . --sheet sheet.png")
     assert "Ann/a.heic" in out
@@ -593,7 +597,9 @@ def test_data_names_the_line_and_the_fault_of_labels_txt(tmp):
     refuses(labels, tmp, {
         "gone.jpg 1\n": "labels.txt:1: no image 'gone.jpg'",
         "c.jpg 1 2\n": "labels.txt:1: no image 'c.jpg 1'",
+        "c.jpg -1\n": "labels.txt:1",
         "c.jpg 1.5\n": "labels.txt:1",
+        "c.jpg,1\n": "labels.txt:1",
         "c.jpg\n": "labels.txt:1",
         "c.jpg 1\nd.jpg 2\nc.jpg 3\n": "labels.txt:3: 'c.jpg' stands on an earlier line",
         "c.jpg " + "1" * 5000: "labels.txt:1",
@@ -613,7 +619,7 @@ def test_data_names_the_line_and_the_fault_of_val_pairs_txt(tmp):
         "a.jpg ../val_pairs.txt 1\n": "leaves",
         "a.jpg /a.jpg 1\n": "leaves",
         "a.jpg b.jpg\n": "val_pairs.txt:1: no label",
-        "one two same\na.jpg b.jpg 1\n": "val_pairs.txt:1: label 'same'",
+        "one two same\na.jpg b.jpg 1\n": "val_pairs.txt:1: 'one two same' names no image",
         "a.jpg b.jpg 1\nb.jpg c.jpg\n": "val_pairs.txt:2: 2 columns",
         "a.jpg b.jpg 1\na.jpg c.jpg 1\n": "every pair has label 1"})
 
@@ -649,7 +655,7 @@ def test_data_reads_lfw_lists(tmp):
     raises("2 pairs, but the first line announces 3 x 2 x 1", read, "3\t1\n" + fold)
     raises("t.txt:3: 'Bo", read, "1\nAnn_A\t1\t2\nBo\t1\tx\n")
     raises("t.txt:3: 'Bo", read, "1\nAnn_A\t1\t2\nBo\t1\t" + "1" * 5000)
-    raises("t.txt:1: 1 columns", read, "1" * 5000 + "\nAnn_A\t1\t2\n")
+    raises("names no image", read, "1" * 5000 + "\nAnn_A\t1\t2\n")
     raises("t.txt:2: no image", read, "1\nAnn_A\t1\t9\nBo\t1\tC_D\t1\n")
     raises("leaves", read, "1\n..\t1\t2\nBo\t1\tC_D\t1\n")
 
@@ -768,7 +774,8 @@ def test_data_shows_images_whose_metadata_are_odd(tmp):
     want, content = data.decode(plain, 40), plain.read_bytes()
     long_text = zlib.compress(bytes(2 ** 24))
     odd = (png_chunk(b"zTXt", b"a\0\0" + long_text),
-           png_chunk(b"iTXt", b"a\0\1\0\0\0" + long_text))
+           png_chunk(b"iTXt", b"a\0\1\0\0\0" + long_text),
+           png_chunk(b"iCCP", b"a\0\7strange"))
     for i, chunk in enumerate(odd):
         for place in 33, len(content) - 12:                 # after the header, before the end
             plain.write_bytes(content[:place] + chunk + content[place:])
@@ -853,7 +860,7 @@ def test_data_pack_decodes_once(tmp):
     assert (inner[[2]][0] == np.asarray(Image.open(files[2]))[8:24, 8:24]).all()
     assert packs_in(cache) == 2
     with patched(data, "decode", side_effect=AssertionError):
-        pack()                         # found again, not decoded again
+        pack()                                              # found again, not decoded again
 
 
 def test_data_pack_decodes_as_asked_where_the_disk_is_full(tmp):
@@ -889,6 +896,13 @@ def test_data_pack_leaves_nothing_half_built(tmp):
     assert packs_in(cache) == 1 and not list(cache.glob("*.tmp"))
 
 
+def as_npy(array):
+    """The bytes of a .npy file."""
+    buffer = BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 def test_data_pack_is_made_anew_when_damaged(tmp):
     files, cache, pack = files_and_pack(tmp)
     del files[12:]
@@ -899,11 +913,17 @@ def test_data_pack_is_made_anew_when_damaged(tmp):
         target, listing = next(cache.glob("*.npy")), next(cache.glob("*.txt"))
         whole, lines = target.read_bytes(), listing.read_bytes()
         for file, content in (
+                (target, bytes(len(whole))),
                 (target, b""),
                 (target, whole[:-1]),
+                (target, whole + b"0"),
                 (target, whole[:-999] + b"flipped" + whole[-992:]),
+                (target, b"PK" + whole),
+                (target, as_npy(np.zeros((12, 16, 16, 3), np.uint8))),
+                (target, as_npy(np.zeros((12, 32, 32, 3), np.float32))),
                 (listing, b""),
                 (listing, lines + b"0\tme\n"),
+                (listing, lines.replace(b"8\t", b"9\t")),
                 (listing, b"\xff\n")):
             file.write_bytes(content)
             images, readable = pack(max_unreadable=0.1)
@@ -1041,6 +1061,7 @@ def test_data_epoch_batches_hold_distinct_people():
     for labels, batch_size, people in (
             (uneven, 16, 4),
             (uneven, 10, 2),
+            (uneven, 8, 2),
             (uneven, 150, 37),
             (three, 24, 3),
             (two, 64, 2)):
@@ -1127,7 +1148,7 @@ def test_data_cli_goes_on_when_nobody_reads():
     assert cli_of(fail, stderr=unread_pipe())[0] == 2
 
 
-def test_data_cli_refuses_before_work():
+def test_data_cli_refuses_before_work(tmp):
     def out_of_memory():
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -1137,6 +1158,15 @@ def test_data_cli_refuses_before_work():
         code, said = cli_of(lambda: 1 / 0, argument)
         assert code == 2 and said.startswith(f"error: {argument[:-3]}: '--' is no value") and said.count("\n") == 2
     assert cli_of(lambda: 0, "--loss=ce", "--")[0] == 0
+    gone, here = tmp / "gone", os.getcwd()
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    try:
+        code, said = cli_of(lambda: 1 / 0)
+    finally:
+        os.chdir(here)
+    assert code == 2 and "working folder has been deleted" in said
 
 
 def test_data_homework_classes_work_in_a_data_loader(tmp):
@@ -1168,7 +1198,7 @@ def test_data_synthetic_faces_are_a_real_task():
     x = torch.from_numpy(decoded(pairs.files)).float().flatten(1)
     for z in x, x - x.mean(1, keepdim=True):
         z = F.normalize(z)
-        assert eer.eer(pairs.labels, verify.score_rows(z[pairs.left], z[pairs.right]))[0] > 0.25
+        assert eer.eer(pairs.labels, verify.score(z[pairs.left], z[pairs.right]))[0] > 0.25
 
 
 # ---- data.py: photographs to faces ---------------------------------------------------------------------------
@@ -1286,6 +1316,31 @@ def test_prepare_is_black_beyond_the_photograph(tmp):
         assert np.abs(face[32:88, 40:96] - image[2:58, :56]).max() < 5
 
 
+def test_prepare_gives_lfws_crop_back_by_box_and_by_landmarks(tmp):
+    """Faces enlarged to 134 pixels and put at (58, 50) of 250x250, where LFW's funnelled images have them."""
+    rng = default_rng(1)
+    faces_in, landmarks = {}, {}
+    (tmp / "photos/Ann").mkdir(parents=True)
+    for i in range(4):
+        name = f"Ann/{i}.png"
+        faces_in[name] = Image.fromarray(data.face(data.person(rng), rng, 112))
+        photo = Image.new("RGB", (250, 250), (90, 120, 30))
+        photo.paste(faces_in[name].resize((134, 134), Image.BICUBIC), (58, 50))
+        photo.save(tmp / "photos" / name)
+        landmarks[name] = (ARCFACE + 0.5) * 134 / 112 - 0.5 + (58, 50)
+    write_landmarks(tmp / "points.txt", landmarks)
+    for flags in "--box 58,50,192,184", "--landmarks points.txt":
+        prepare(tmp, flags)
+        for name, face in faces_in.items():
+            found = opened(tmp / "out" / name.replace(".png", ".jpg"))
+            difference = {}
+            for move in product((-1, 0, 1), (-1, 0, 1)):
+                moved = np.roll(np.asarray(face, float), move, (0, 1))
+                difference[move] = np.abs(found - moved)[4:-4, 4:-4].mean()
+            assert min(difference, key=difference.get) == (0, 0) and difference[0, 0] < 4
+        rmtree(tmp / "out")
+
+
 def test_prepare_by_box_equals_pillows_crop_and_resize(tmp):
     path = tmp / "photos/Ann/0.png"
     smooth_photograph(path, 90, 120)
@@ -1300,6 +1355,7 @@ def test_prepare_names_file_and_line_of_bad_landmarks(tmp):
     pictures(tmp / "photos", "Ann/0.png", "Ann/1.png")
     path = tmp / "points.txt"
     good = "Ann/1.png 38 51 73 51 56 71 41 92 70 92\n"
+    # "left eye": once y stands before x, once the right eye and corner before the left ones
     for line, fragment in table("""
             Ann/0.png 5 5 5 5 5 5 5 5 5 5                             equal
             Ann/0.png 1 1 2 2 3 3 4 4 5 5                             one line
@@ -1399,6 +1455,8 @@ def test_prepare_charts_have_ticks_at_whole_numbers_and_show_single_people(tmp):
     pixels = drawn(bars, "logx logy")
     filled = (np.abs(pixels - pixels[150, 60]).max(2) < 9).sum(0)
     assert filled[60] > 200 and filled[250] == 0 and filled[390] > 10
+
+
 # ---- train.py ------------------------------------------------------------------------------------------------
 
 def test_train_writes_what_it_promises_and_verify_follows_its_checkpoint(tmp):
@@ -1812,18 +1870,20 @@ def test_train_optimizers_spare_norms_biases_and_scalars_and_muon_takes_kernels_
 
 
 def test_train_refuses_in_one_line_before_any_work(tmp):
-    for flags in ("--lr -1|--lr nan|--lr|--size 7|--colour 1|--epochs 0|--epochs 1.5|--steps 0|--holdout 2|--ema 2"
-                  "|--seed -1|--dim 0|--dim 1000000000000|--batch-size 1|--device meta").split("|"):
+    for flags in ("--lr -1|--lr nan|--lr inf|--lr|--size 7|--colour 1|--epochs 0|--epochs 1.5|--steps 0|--holdout 2"
+                  "|--ema 2|--seed -1|--dim 0|--dim 1000000000000|--batch-size 1|--device meta").split("|"):
         assert flags.split()[0] in tiny(tmp, flags, code=2)[1]
     for flags, fragment in table("""
-            more              more
-            --opt rms         'adamw'
-            --device cuda:99  cuda:99
-            --loss arcfac     'arcface'
-            --arch resnet35   resnet3
-            --data nowhere    no such folder
-            --resume --out x  last.pt
-            --init x.pt       x.pt: no such"""):
+            more                 more
+            --opt rms            'adamw'
+            --device cuda:99     cuda:99
+            --loss arcfac        'arcface'
+            --loss arcface:n=1   unknown argument 'n'
+            --loss arcface:s=-1  s=-1
+            --arch resnet35      resnet3
+            --data nowhere       no such folder
+            --resume --out x     last.pt
+            --init x.pt          x.pt: no such"""):
         assert fragment in tiny(tmp, flags, code=2)[1]
     assert not (tmp / "runs").exists() and not (tmp / "best.pt").exists()
 
@@ -1856,11 +1916,19 @@ def test_train_out_of_memory_is_one_line_and_other_runtime_errors_keep_their_tra
 
 def test_train_resumes_elsewhere_and_on_a_moved_set_but_not_on_one_that_changed(tmp):
     image = own_copy(tmp) / "cls_data/train/images/train_000003.jpg"
+    labels, pairs = tmp / "set/cls_data/train/labels.txt", tmp / "set/val_pairs.txt"
     run(tmp, train, "--data set", TINY, "--epochs 1 --out run")
-    before = image.read_bytes()
-    image.write_bytes(before + b"\0")
-    assert "has changed since run/last.pt" in refused(tmp, train, "--resume --out run --epochs 2")
-    image.write_bytes(before)
+    one, two, *rest = labels.read_text().splitlines()
+    swapped = [one[:-1] + two[-1], two[:-1] + one[-1], *rest]
+    fewer_pairs = pairs.read_text().splitlines()[:-1]
+    for file, content in (
+            (image, image.read_bytes() + b"\0"),
+            (labels, "\n".join(swapped).encode()),
+            (pairs, "\n".join(fewer_pairs).encode())):
+        before = file.read_bytes()
+        file.write_bytes(content)
+        assert "has changed since run/last.pt" in refused(tmp, train, "--resume --out run --epochs 2")
+        file.write_bytes(before)
     (tmp / "elsewhere").mkdir()
     run(tmp / "elsewhere", train, "--resume --out", tmp / "run", "--epochs 2")
     assert not (tmp / "elsewhere/data").exists()            # a checkpoint's paths are absolute: nothing was made
@@ -1873,7 +1941,9 @@ def test_train_notes_arguments_that_are_hardly_meant_and_a_network_too_large_for
     out, _ = tiny(tmp, "--loss arcface:m=30 --arch alexnet --size 96 --steps 1")
     assert re.search("note: .*radians", out) and "note: for so few images on a CPU" in out
     assert re.search("note: .*decides alone", tiny(tmp, "--loss ce+100*center --steps 1")[0])
-    assert "note:" not in tiny(tmp, "--loss ce+0.01*center --size 96 --steps 1")[0]
+    assert re.search("note: .*center", tiny(tmp, "--loss center --steps 1")[0])
+    assert "note:" not in tiny(tmp, "--loss ce+0.003*center --steps 1")[0]
+    assert "note: for so few" not in tiny(tmp, "--size 96 --steps 1")[0]
 
 
 def test_train_shows_a_dash_for_what_was_not_measured(tmp):
@@ -1982,7 +2052,7 @@ def test_verify_submission_has_header_and_ids_of_the_sample_that_fits_or_is_refu
 def test_verify_metrics_are_what_their_names_say():
     def scores(criterion, name):
         _, similarity = verify.metric_of(criterion, name)
-        return verify.score_rows(z[:3], z[1:], similarity)
+        return verify.score(z[:3], z[1:], similarity)
 
     torch.manual_seed(0)
     z = F.normalize(torch.randn(4, 8))
@@ -2351,6 +2421,8 @@ def test_verify_compares_runs_in_a_sorted_table_and_draws_the_plane(tmp):
     run(tmp, verify, "--ckpt flat/best.pt --plots plots")
     for places in colours(Image.open(tmp / "plots/embeddings.png")):
         assert len(places) > 20                             # one colour a person
+
+
 # ---- verify.py: what it refuses, before anything is lost -------------------------------------------------------
 
 def with_field(ckpt, path, value):
@@ -2487,13 +2559,13 @@ def test_verify_save_embeddings_overwrites_its_own_files_only(tmp):
 def test_verify_takes_unit_rows_of_any_number_type_and_refuses_others(tmp):
     write_text(tmp / "g.txt", *(f"{i}.jpg\tp{i}\n" for i in range(4)))
     unit = np.eye(4)
-    for dtype in np.int8, np.float16, np.float64, ">f4":
+    for dtype in np.int64, np.int8, np.float16, np.float32, np.float64, ">f4":
         np.save(tmp / "g.npy", unit.astype(dtype))
         found = verify.load_embeddings(tmp / "g.npy")
         assert isinstance(found.z, np.memmap) and found.z.dtype == dtype
         _, rows = verify.search(found.z, unit, 1)
         assert rows[:, 0].tolist() == [0, 1, 2, 3]
-    for wrong in 25, nan:
+    for wrong in 25, 0, nan, inf:
         np.save(tmp / "g.npy", np.where(np.arange(4)[:, None] == 2, wrong * unit, unit))
         raises("g.npy: row 2 has the length", verify.load_embeddings, tmp / "g.npy")
     for strange in unit.astype(complex), unit.astype(str), unit.astype(object):
@@ -2539,9 +2611,9 @@ def test_verify_writes_before_it_prints_and_where_it_writes_only(tmp):
 
 
 def test_verify_writes_its_files_though_nobody_reads(tmp):
-    with chdir(tmp):
-        flags = words("--ckpt", trained() / "best.pt", "--out s.csv")
-        assert cli_of(verify.main, *flags, stdout=unread_pipe()) == (0, "later\n")
+    command = sys.executable, *words(Path(verify.__file__), "--ckpt", trained() / "best.pt", "--out s.csv")
+    done = subprocess.run(command, stdout=unread_pipe(), stderr=subprocess.PIPE, cwd=tmp, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert len(read_csv(tmp / "s.csv")) == len(data.load(faces()).test_pairs.left)
 
 
@@ -2848,6 +2920,8 @@ def test_verify_neural_collapse_is_zero_where_it_is_complete():
     rng = default_rng(0)
     noisy = verify.collapse(simplex[labels] + rng.normal(size=(20, 4)), labels)
     assert noisy["nc1"] > 0.1 and noisy["nc2"] > 0.01 and "nc3" not in noisy
+
+
 # ---- Several processes --------------------------------------------------------------------------------------
 
 def free_port():
@@ -3629,7 +3703,7 @@ BY_HAND = {
     "multisim": multisim,
     "range": range_loss,
     "uniform": uniform,
-    "coco:centroids=true": coco_of_centroids
+    "coco:centroids=true": coco_of_centroids,
 }
 
 
@@ -3637,7 +3711,7 @@ LABELS = [
     [0, 1, 2, 3] * 3,
     [0] * 5 + [1] * 3 + [2, 2, 3, 4],
     [5] * 12,
-    list(range(12))
+    list(range(12)),
 ]
 
 
@@ -3778,20 +3852,21 @@ def test_losses_sphereface2_and_uniface_ask_yes_or_no_questions():
     close(uni(x, y), questions.sum() / 12, 1e-6)
 
 
-MARGINS = """
-    1    0    0
-    1    0.5  0
-    1    0    0.35
-    1.7  0    0
-    4    0    0
-    1.2  0.4  0.1
-    0.9  0.4  0.15"""
+MARGINS = [
+    (1, 0, 0),
+    (1, 0.5, 0),
+    (1, 0, 0.35),
+    (1.7, 0, 0),
+    (4, 0, 0),
+    (1.2, 0.4, 0.1),
+    (0.9, 0.4, 0.15),
+]
 ANGLES = torch.linspace(0, math.pi, 2001).double()
 
 
 def test_losses_psi_falls_on_all_angles_and_has_the_right_gradient():
     t = torch.linspace(-0.99, 0.99, 37).double()
-    for m1, m2, m3 in np.fromstring(MARGINS, sep=" ").reshape(-1, 3).tolist():
+    for m1, m2, m3 in MARGINS:
         angle = m1 * t.acos() + m2
         plain = torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2) - m3
         assert m1 > 2 or torch.allclose(losses.psi(t, m1, m2, m3), plain)
@@ -3813,19 +3888,19 @@ def test_losses_margin_is_a_constant_for_the_gradient_even_at_the_poles():
     close(gradient(value, poles), 30 * wrong / 3, 1e-6)
 
 
-EXACT = """
-    arcface                         1 0.5 0
-    cosface                         1 0 0.35
-    am:s=64                         1 0 0.35
-    sphereface:s=64                 1.7 0 0
-    combined                        1 0.3 0.2
-    combined:m1=0.9,m2=0.4,m3=0.15  0.9 0.4 0.15"""
+EXACT = {
+    "arcface": (1, 0.5, 0),
+    "cosface": (1, 0, 0.35),
+    "am:s=64": (1, 0, 0.35),
+    "sphereface:s=64": (1.7, 0, 0),
+    "combined": (1, 0.3, 0.2),
+    "combined:m1=0.9,m2=0.4,m3=0.15": (0.9, 0.4, 0.15),
+}
 
 
 def test_losses_exact_gradient_is_that_of_the_margin_and_finite_at_the_poles():
     x, y = people(seed=4)
-    for spec, margins in table(EXACT):
-        m1, m2, m3 = map(float, margins.split())
+    for spec, (m1, m2, m3) in EXACT.items():
         exact = ",exact=true" if ":" in spec else ":exact=true"
         head, detached = loss_of(spec + exact), loss_of(spec)
         cos, own = cosines_of(head, x), y[:, None]
@@ -3996,7 +4071,7 @@ def kinds(x, w):
         "zero": 0 * x,
         "tiny": 1e-12 * x,
         "huge": 1e4 * x,
-        "identical": torch.ones_like(x)
+        "identical": torch.ones_like(x),
     }
 
 
@@ -4019,7 +4094,7 @@ BATCHES = [
     (2, [1]),
     (2, [0] * 8),
     (1000, [0, 1] * 4),
-    (1000, list(range(8)))
+    (1000, list(range(8))),
 ]
 
 
@@ -4082,7 +4157,9 @@ MISTAKES = """
     1e+*ce                 numbers
     1e999*ce               weight
     -1*ce                  weight
-    center+regular         ce+regular
+    facenet:m=1            stands for
+    0.5*npair+regular      ce+regular
+    groupface:k=1000       at most 100
     arcface:sample=2       at most 1
     arcface:sample=0       above 0
     normface:learn=maybe   expected bool
@@ -4115,6 +4192,7 @@ EXPANDED = """
 def test_losses_answer_mistakes_in_one_line():
     for spec, words in table(MISTAKES):
         raises(words, losses.make, spec, 8, 6)
+    raises("cannot read", losses.make, "", 8, 6)
 
 
 def test_losses_expand_names_and_open_arguments():
@@ -4129,11 +4207,14 @@ def test_losses_expand_names_and_open_arguments():
 
 NOTES = """
     arcface:m=30       radians
+    ce+elastic:m=2     radians
     combined:m2=28.6   radians
     magface:m_high=46  radians
     cosface:m=35       at most 1
     combined:m3=20     at most 1
     center             by itself
+    0.1*ring+center    by itself
+    range              by itself
     uniform            by itself"""
 
 
@@ -4245,6 +4326,10 @@ def device_under_test():
     raise Skip("no GPU is seen; DEVICE=cpu asks the CPU the same")
 
 
+def left_out(what):
+    print(f"        only a GPU can tell, left out: {what}", flush=True)
+
+
 def losses_logged(folder):
     return [float(row["loss"]) for row in read_csv(folder / "log.csv")]
 
@@ -4269,7 +4354,11 @@ def test_cuda_trains_in_both_precisions_with_both_optimizers(tmp):
         nets.append(make(*args))
         return nets[-1]
 
-    archs = ["swiftface"] if device.type == "cpu" else ["swiftface", "resnet34"]
+    archs = ["swiftface"]
+    if device.type == "cpu":
+        left_out("resnet34 in fp16 and bf16")
+    else:
+        archs.append("resnet34")
     for arch, amp, opt in product(archs, ("fp16", "bf16"), ("adamw", "sgd")):
         out, lr = tmp / f"{arch}_{amp}_{opt}", 0.05 if opt == "sgd" else 2e-3
         flags = f"--arch {arch} --amp {amp} --opt {opt} --lr {lr} --weight-decay 0.05 --out {out.name}"
@@ -4312,7 +4401,11 @@ def no_waiting(device, first, last):
 
 def test_cuda_does_not_wait_between_steps(tmp):
     device = device_under_test()
-    precisions = ["fp16", "bf16"] if device.type == "cuda" else ["off"]
+    precisions = ["off"]
+    if device.type == "cuda":
+        precisions = ["fp16", "bf16"]
+    else:
+        left_out('torch.cuda.set_sync_debug_mode("error")')
     for number, loss in enumerate(("arcface", "triplet", "adaface:sample=0.5", "ce+0.003*center")):
         for amp in precisions:
             flags = f"--device {device} --amp {amp} --loss {loss} --out {number}{amp}"
@@ -4348,6 +4441,8 @@ def test_cuda_resumed_run_ends_as_the_uninterrupted_one(tmp):
         assert whole["step"] == parts["step"] == 6
         far = difference(whole["model"], start)
         assert difference(whole["model"], parts["model"]) < 0.01 * far > 0
+    if device.type == "cpu":
+        left_out("how nearly a resumed run equals the whole one with a GPU's atomics")
 
 
 def test_cuda_compiled_training_is_close_to_eager(tmp):
@@ -4467,7 +4562,7 @@ def test_train_sgd_survives_a_first_step_that_fp16_skips(tmp):
 
 def test_train_resumes_in_another_precision(tmp):
     copytree(trained(), tmp / "run")
-    for epochs, amp in (2, "fp16"), (3, "fp16"), (4, "bf16"):
+    for epochs, amp in (2, "fp16"), (3, "fp16"), (4, "bf16"), (5, "off"):
         run(tmp, train, f"--resume --out run --epochs {epochs} --amp {amp}")
         ckpt = verify.load(tmp / "run/last.pt")
         assert ckpt["args"]["amp"] == amp and ckpt["step"] == 3 * epochs
@@ -4481,7 +4576,7 @@ def test_train_moving_average_is_the_plain_formula():
     for name, value in net.state_dict().items():
         if not value.is_floating_point():
             value.fill_(7)
-    train.update_average(zip(average.state_dict().values(), net.state_dict().values()), 0.8)
+    train.update_average((train.split_by_kind(average), train.split_by_kind(net)), 0.8)
     for name, value in net.state_dict().items():
         expected = value
         if value.is_floating_point():
@@ -4583,6 +4678,7 @@ def slow_kills(tmp):
         step = verify.load(parts / "last.pt")["step"]
         seconds_of_train(tmp, parts, resume)
         same_runs(whole, parts)
+        assert len(read_csv(whole / "log.csv")) == 20
         print(f"    {flags}: {kills} kills, {writing} of them within a write, the last by step {step} of 60, in run"
               f" {runs}", flush=True)
 
@@ -4904,13 +5000,22 @@ def bench_train(folder, device):
         print(f"    {f'train.py {kind}':<30} {rate:8.0f} images/s in its best epoch", flush=True)
 
 
+def card(device):
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    with suppress(OSError, TypeError):
+        cpus = Path("/proc/cpuinfo").read_text()
+        return re.search("model name.*: (.*)", cpus)[1]
+    return platform.processor()
+
+
 def slow_bench(tmp):
     """What a user waits for, ours beside the peer's, on this machine (DEVICE, or the GPU, or the CPU), in turn, medians
     of three rounds: the data path, training and embedding, train.py itself, and our EER of many scores."""
     device = torch.device(environ.get("DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
     threads = torch.get_num_threads()
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"    torch {torch.__version__}, {device}, {card}, {threads} threads, amp {train.precision(device)}")
+    print(f"    torch {torch.__version__}, {device}, {card(device)}, {threads} threads, amp {train.precision(device)}")
     torch.set_float32_matmul_precision("high")              # as the scripts do
     torch.backends.cudnn.benchmark = True
     bench_data(tmp, device)
@@ -5198,12 +5303,15 @@ def outcome_of_case(kind, number, folder, limit=30):
     child = multiprocessing.get_context("fork").Process(target=run_case, args=(kind, number, home, answer))
     child.start()
     child.join(limit)
+    hangs = child.is_alive()
     child.kill()
     child.join()
     rmtree(home, ignore_errors=True)
     if answer.exists():
         return json.loads(answer.read_text())
-    return ["no answer", "", f"no end after {limit} s, or the process ended otherwise: {child.exitcode}", True]
+    if hangs:
+        return ["hang", "", f"no end after {limit} s", True]
+    return ["killed", "", f"the process ended with {child.exitcode}", True]
 
 
 def slow_fuzz(tmp):

@@ -275,8 +275,7 @@ class Run:
         self.net, self.criterion, self.eval_net = net, criterion, net
         if args.ema:
             self.eval_net = copy.deepcopy(net).requires_grad_(False)
-            averages, values = self.eval_net.state_dict().values(), net.state_dict().values()
-            self.averaged = list(zip(averages, values))         # made once, not at each step
+            self.averaged = split_by_kind(self.eval_net), split_by_kind(net)     # lists made once, not at each step
         self.trainable = [p for p in [*net.parameters(), *criterion.parameters()] if p.requires_grad]
         if not self.trainable:
             raise ValueError(f"nothing to train: the backbone is frozen and {args.loss} has no weights of its own")
@@ -503,13 +502,18 @@ def set_train_mode(run):
                 module.eval()
 
 
+def split_by_kind(net):
+    """(what can be averaged, what can only be copied) of a network's state."""
+    values = list(net.state_dict().values())
+    return [v for v in values if v.is_floating_point()], [v for v in values if not v.is_floating_point()]
+
+
 def update_average(averaged, decay):
-    """average = decay average + (1 - decay) value, for each (average, value) of averaged; counts are copied."""
-    for average, value in averaged:
-        if value.is_floating_point():
-            average.lerp_(value, 1 - decay)
-        else:
-            average.copy_(value)
+    """average = decay average + (1 - decay) weights, in one call for all tensors. averaged is Run's."""
+    (averages, copies), (weights, counts) = averaged
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    if copies:                                                  # without batch norm there are none
+        torch._foreach_copy_(copies, counts)
 
 
 @torch.no_grad()

@@ -210,12 +210,14 @@ def check_weights(weights, field):
 
 def check_validation(val):
     demand_keys(val, {"labels", "scores"}, "val")
-    for name in ("labels", "scores"):
-        demand(is_tensor(val[name]), f"val.{name}", "a tensor")
-    try:
-        eer.split(val["labels"].numpy(), val["scores"].numpy())
-    except (ValueError, TypeError, RuntimeError) as e:      # numpy has no such numbers, or not with gradient
-        raise ValueError(f"its val holds no scored pairs ({e})") from None
+    labels, scores = val["labels"], val["scores"]
+    for name, value in ("labels", labels), ("scores", scores):
+        demand(is_tensor(value) and value.ndim == 1 and not value.requires_grad, f"val.{name}", "a tensor of one axis")
+    demand(labels.dtype in (torch.int32, torch.int64), "val.labels", "a tensor of whole numbers")
+    demand(labels.unique().tolist() == [0, 1], "val.labels", "of ones and zeros")
+    demand(scores.dtype in (torch.float32, torch.float64), "val.scores", "a tensor of floats")
+    demand(len(scores) == len(labels), "val.scores", "as long as val.labels")
+    demand(scores.isfinite().all(), "val.scores", "finite")
     demand(is_text(val.get("mark", "")), "val.mark", "a text")
 
 
@@ -429,7 +431,7 @@ def minus_distance(a, b):
     return -(a.double() - b.double()).norm(dim=-1)
 
 
-def score_rows(a, b, similarity=None):
+def score(a, b, similarity=None):
     """Scores (...) float64 of the embeddings a and b (..., D), row by row.
 
     similarity maps two arrays of embeddings (..., D) to (...); None is the cosine of unit embeddings.
@@ -555,7 +557,7 @@ def score_pairs(net, criterion, pair_set, metric=None, mirror="mean"):
     images, pairs = pair_set
     project, similarity = metric_of(criterion, metric)
     z = embed(net, images, project, mirror)
-    scores = score_rows(z[pairs.left], z[pairs.right], similarity)
+    scores = score(z[pairs.left], z[pairs.right], similarity)
     return Scores(pairs.labels, scores, pairs_digest(pairs)), z
 
 
@@ -610,7 +612,7 @@ class Verifier:
         a, b = self.embeddings_of(a), self.embeddings_of(b)
         if a.shape != b.shape:
             raise ValueError(f"embeddings of the shapes {tuple(a.shape)} and {tuple(b.shape)}; give as many of both")
-        scores = score_rows(a, b, self.similarity)
+        scores = score(a, b, self.similarity)
         return scores if scores.ndim else float(scores)
 
     def embeddings_of(self, x):
