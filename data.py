@@ -56,6 +56,7 @@ except ImportError:                     # Windows has no such locks: two runs mu
 
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 LEFT_BEHIND = "__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN"     # beside hidden files
+MAX_UNREADABLE = 0.01                                      # share of a set; more of it is an error in training
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -118,7 +119,8 @@ def is_number(text):
 def find_image(folder, name):
     """The path of folder/name; None where there is nothing. The name may begin with the folder's
     own, and spell an accent in either of Unicode's ways (macOS splits it from its letter)."""
-    for below in (name, name.removeprefix(os.path.basename(folder) + "/")):
+    own_name = os.path.basename(os.path.abspath(folder))
+    for below in (name, name.removeprefix(own_name + "/")):
         for form in (below, unicodedata.normalize("NFC", below), unicodedata.normalize("NFD", below)):
             path = os.path.join(folder, form)
             if os.path.isfile(path) or os.path.islink(path):        # a dangling link: pack() calls it unreadable
@@ -210,11 +212,11 @@ def read_split(folder, skipped=None):
     if not os.path.isdir(folder):
         return [], None
     files, labels = read_people(folder, skipped)
-    if set(labels) <= {"images"}:                           # nobody has a sub-folder here
-        return files or images_in(folder, skipped), None
+    if not files:
+        return images_in(folder, skipped), None
     if skipped is not None:
         skipped += images_in(folder)
-    return files, labels
+    return files, None if set(labels) == {"images"} else labels
 
 
 def why_skipped(file):
@@ -246,8 +248,8 @@ def read_lfw(path, folder):
     """(rows, folds) of LFW's pair lists, with rows as read_pairs() has them. The first line is 'n'
     or 'folds<tab>n'. Each fold has n lines 'name i j', two images of one person, then n lines 'name
     i name j'."""
-    head, *lines = read_lines(path)
-    numbers = ["1"] + head[1].split()                       # one fold where the line is 'n' alone
+    (_, head), *lines = read_lines(path)
+    numbers = ["1"] + head.split()                          # one fold where the line is 'n' alone
     folds, n = map(int, numbers[-2:])
     if len(lines) != 2 * folds * n:
         raise ValueError(f"{path}: {len(lines)} pairs, but the first line announces {folds} x 2 x {n}; fetch it again")
@@ -334,15 +336,18 @@ def find_root(path):
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; --data takes the folder that holds cls_data or people's folders")
+    found = []
     for pattern in ("cls_data", "*/cls_data", "*/*/cls_data", "*/*/*/cls_data"):
-        found = []
+        if found and pattern.startswith("*/*/*"):           # in a set: a look into everybody's folder
+            break
         for folder in sorted(path.glob(pattern)):
             if not any(map(is_left_behind, folder.relative_to(path).parts)):
                 found.append(folder)
-        if len(found) > 1:
-            raise ValueError(f"{path}: several data sets, as {found[0].parent} and {found[1].parent}; name one")
-        if found:
-            return found[0].parent
+    if len(found) > 1:
+        raise ValueError(f"{path}: several data sets, as {found[0].parent} and {found[1].parent}; name one that holds no"
+                         " other, or move one away")
+    if found:
+        return found[0].parent
     while True:                                             # a folder with nothing but a folder is gone through
         inside = sub_folders(path)
         if len(inside) != 1 or read_people(path)[0]:
@@ -571,18 +576,18 @@ def native_size(files):
     return min(256, max(32, side))
 
 
-def release_pages(rows):
+def release_pages(memmap):
     """Tell the system that pages read so far may go; else resident memory grows to the pack's size."""
     if hasattr(mmap, "MADV_DONTNEED"):
-        rows._mmap.madvise(mmap.MADV_DONTNEED)
+        memmap._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class Images:
-    """uint8 faces (n, S, S, 3) indexed by an array of row numbers: rows of a pack, or files decoded
+    """uint8 faces (n, S, S, 3) indexed by an array of row numbers: pixels (n, S, S, 3) of a pack, or files decoded
     as asked."""
 
-    def __init__(self, files, size, rows, crop):
-        self.files, self.size, self.rows, self.crop = files, size, rows, crop
+    def __init__(self, files, size, pixels, crop):
+        self.files, self.size, self.pixels, self.crop = files, size, pixels, crop
         self.unreadable = {}                                # {number: why}, where pack() has read them all
         self.rows_read = 0
 
@@ -590,15 +595,15 @@ class Images:
         return len(self.files)
 
     def __getitem__(self, index):
-        if self.rows is None:
+        if self.pixels is None:
             with ThreadPoolExecutor() as pool:
                 images = pool.map(lambda i: decode(self.files[i], self.size, self.crop), index)
                 return np.stack(list(images))
         self.rows_read += len(index)
         if self.rows_read * self.size ** 2 * 3 > 2 ** 30:   # every GiB
-            release_pages(self.rows)
+            release_pages(self.pixels)
             self.rows_read = 0
-        return self.rows[index]
+        return self.pixels[index]
 
 
 class ImageSet(NamedTuple):
@@ -688,8 +693,8 @@ def checksum(target, lines):
 
 
 def read_pack(target, listing, has_room):
-    """(rows, {number: why that image is unreadable}) of a pack, None where anything is wrong with it.
-    rows are None where it was not made, for want of room, or cannot be mapped."""
+    """(pixels (n, S, S, 3), {number: why that image is unreadable}) of a pack, None where anything is
+    wrong with it. pixels are None where they were not written, for want of room, or cannot be mapped."""
     try:
         content = Path(regular(listing)).read_bytes()
         lines, mark, digits = content.rpartition(b"crc32\t")
@@ -697,16 +702,16 @@ def read_pack(target, listing, has_room):
             return None
     except OSError:
         return None
-    unreadable, rows = {}, None
+    unreadable, pixels = {}, None
     for line in lines.decode("utf-8", "surrogateescape").splitlines():
         number, _, reason = line.partition("\t")
         unreadable[int(number)] = reason
     if target.exists():
         with contextlib.suppress(OSError):                  # ENODEV: this file system has no memory maps
-            rows = np.load(target, mmap_mode="r")
+            pixels = np.load(target, mmap_mode="r")
     elif has_room:                                          # there was none when the listing was written
         return None
-    return rows, unreadable
+    return pixels, unreadable
 
 
 def build_pack(target, listing, has_room, files, size, crop, what):
@@ -737,7 +742,7 @@ def build_pack(target, listing, has_room, files, size, crop, what):
     return has_room
 
 
-def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
+def pack(files, size, cache, what="images", crop=1.0, max_unreadable=MAX_UNREADABLE):
     """(Images, rows (k,)): the files as decode() has them, and the numbers of the readable ones.
 
     Unreadable files are listed beside the pack; a share of more than max_unreadable is a
@@ -757,7 +762,7 @@ def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
                 found = read_pack(target, listing, has_room)
     if not found:
         raise ValueError(f"{target}: not as it was written a moment ago; check the disk")
-    rows, unreadable = found
+    pixels, unreadable = found
     message = f"{len(unreadable)} of {len(files)} {what} are unreadable"
     if len(unreadable) > max_unreadable * len(files):
         first = unreadable[min(unreadable)]
@@ -766,7 +771,7 @@ def pack(files, size, cache, what="images", crop=1.0, max_unreadable=0.01):
     if unreadable:
         print(f"{message} and left out: {listing}", file=sys.stderr)
     readable = np.setdiff1d(np.arange(len(files)), list(unreadable))
-    images = Images(files, size, rows, crop)
+    images = Images(files, size, pixels, crop)
     images.unreadable = unreadable
     return images, readable
 
@@ -786,13 +791,12 @@ def epoch_batches(labels, rows, batch_size, seed, epoch, per_person=0):
 
 def batches_of_people(labels, rows, batch_size, per_person, rng):
     """(steps, P * K) of rows in random order: P = batch_size // K people, K = per_person images of each.
-    All people are drawn equally often. Nobody is in a batch twice unless there are fewer than P.
+    All people are drawn equally often on average. Nobody is in a batch twice unless there are fewer than P.
     Who has fewer than K images appears with repeated ones, which are augmented differently."""
     if batch_size < 2 * per_person:
         raise ValueError(f"--batch-size {batch_size} cannot hold two people with --per-person {per_person} images each;"
                          f" give {2 * per_person} or more, or fewer a person")
-    rows = rows[np.argsort(labels[rows], kind="stable")]    # people together, the images of each in random order
-    images_of = np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
+    images_of = rows_of_people(labels, rows)                # of each in random order
     groups = max(2, math.ceil(len(rows) / per_person))      # groups of K images; together about len(rows)
     people = min(batch_size // per_person, groups)
     steps = groups // people
@@ -806,8 +810,15 @@ def batches_of_people(labels, rows, batch_size, per_person, rng):
     times = np.bincount(drawn, minlength=len(images_of))
     images = [np.resize(own, (n, per_person)) for own, n in zip(images_of, times)]
     result = np.empty((len(drawn), per_person), rows.dtype)
+    # images has all groups of the first person, then those of the second, ...: argsort tells where these were drawn
     result[np.argsort(drawn, kind="stable")] = np.concatenate(images)
     return result.reshape(steps, people * per_person)
+
+
+def rows_of_people(labels, rows):
+    """The rows of each person, a list of arrays, in the order in which rows has them. labels are of all images."""
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    return np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
 
 
 def batches(images, order, device, local_rows=slice(None)):
@@ -1074,10 +1085,12 @@ REMEDIES = {
 
 
 class Output:
-    """stdout or stderr. When it is closed or nobody reads it any more, the work goes on unheard."""
+    """stdout or stderr. When it is closed or nobody reads it any more, the work goes on unheard. That the disk it goes
+    to is full, cli() reports at the end."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
+        self.disk_is_full = False
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self.stream.reconfigure(errors="backslashreplace")      # a name that cannot be shown is shown escaped
 
@@ -1087,7 +1100,8 @@ class Output:
     def attempt(self, method, *arguments):
         try:
             getattr(self.stream, method)(*arguments)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as e:
+            self.disk_is_full = getattr(e, "errno", None) == errno.ENOSPC
             null = open(os.devnull, "w")
             with contextlib.suppress(OSError, ValueError):  # what it has not yet written follows
                 os.dup2(null.fileno(), self.stream.fileno())
@@ -1113,10 +1127,15 @@ def check_start():
 
 def cli(main):
     """Run a script's main(): a ValueError or OSError is one line on stderr and exit code 2."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    out = Output(sys.stdout)
+    sys.stdout, sys.stderr = out, Output(sys.stderr)
     try:
         check_start()
-        return main()
+        main()
+        out.flush()
+        if out.disk_is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "what was printed")
+        return
     except (ValueError, OSError) as e:
         text = str(e)
         if getattr(e, "strerror", None):
@@ -1163,8 +1182,8 @@ class Frame(NamedTuple):
 
 
 def ticks(low, high, log=False, whole=False):
-    """Round numbers, at most six, that span low..high; log: of the powers of ten, or with 2 and 5
-    between; whole: whole ones."""
+    """Round numbers within low..high, at most six; log: the powers of ten, with 2 and 5 between over a
+    short range; whole: whole ones."""
     if log:
         powers = np.arange(math.floor(low), math.ceil(high) + 1)
         between = [1, 2, 5] if high - low < 3 else [1]
@@ -1212,7 +1231,7 @@ def draw_axes(pen, frame, logs, whole_x):
     right, top = frame.origin + frame.size
     for axis, log in enumerate(logs):
         for value in ticks(frame.low[axis], frame.high[axis], log, whole_x and axis == 0):
-            x, y = frame.to_canvas(value)
+            x, y = frame.to_canvas(np.array([value, value]))    # of which this axis needs one
             line, place, anchor = (x, top, x, bottom), (x, bottom + 15), "mt"
             if axis == 1:
                 line, place, anchor = (left, y, right, y), (left - 15, y), "rm"
@@ -1793,7 +1812,7 @@ def lay_out_homework(source, root):
 
     320 people with several images and 400 with one, or a third of fewer people, are held out: half of
     them for val_pairs.txt, half for test_pairs.txt, whose labels are answers.txt. The others train; of
-    four images or more the last is dev's. Of LFW's 4,038 training people this makes the README's HW.
+    four images or more the last is dev's. Of LFW's 4,038 training people this makes the HW of docs/benchmarks.md.
     """
     files, people = read_people(source)
     rng = random.Random(2025)
@@ -1902,7 +1921,7 @@ def describe(split, unreadable):
     return text
 
 
-def compare_images(packs, root):
+def colours_and_duplicates(packs, root):
     """One reading of packs {name: (Images, rows)}: (mean, deviation, duplicates). mean and standard
     deviation (3,) are of the training images' colours in 0..1, duplicates the lines about images
     that are equal once decoded."""
@@ -1943,7 +1962,7 @@ def draw_contact_sheet(path, faces, images, rows, augmented):
         axes, edges = "logx logy", 2 ** np.arange(int(math.log2(counts.max())) + 2)
     bars = {"": (edges - 0.5, np.histogram(counts, edges)[0], "bars")}
     chart = plot(None, [("images a person", "images", "people", bars, axes)], 12 * 72, 240)
-    title = f"{faces.root.name}: {len(rows)} training images of {len(faces.names)} people"
+    title = f"{faces.root.resolve().name}: {len(rows)} training images of {len(faces.names)} people"
     faces_shown = [(tile, "", None) for tile in tiles]
     sheet(path, title, [("", 1, [(chart, "", None)]), (heading, 12, faces_shown)], 64)
 
@@ -1970,6 +1989,11 @@ def parse_args():
     asked = args.box or args.landmarks or args.size or args.people or args.layout
     if asked and not args.prepare:
         parser.error("--box, --landmarks, --size, --people and --as need --prepare OUT")
+    for name in ("holdout", "augment", "sheet"):
+        if args.prepare and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} does nothing with --prepare; leave it out")
+    if not 0 <= args.holdout <= 0.9:
+        parser.error(f"--holdout {args.holdout:g} is outside 0..0.9")
     return args
 
 
@@ -1981,6 +2005,8 @@ def prepare_set(args):
     if args.people:
         names = read_names(args.people, root)
         person_of = {file: person for file, person in person_of.items() if person in names}
+        if not person_of:
+            raise ValueError(f"{args.people}: names nobody with a photograph in {root}; name other people")
     if not person_of:
         raise ValueError(f"{root}: no photographs; --prepare takes one sub-folder of photographs a person")
     if args.size is not None and not (args.box or args.landmarks):
@@ -2009,10 +2035,13 @@ def main():
     for name in ("train", "dev", "test", "val_pairs", "test_pairs"):
         split = getattr(faces, name)
         if split:
-            packs[name] = pack(split.files, size, cache, name)
+            packs[name] = pack(split.files, size, cache, name, max_unreadable=0.99)
             images, rows = packs[name]
-            print(f"{name}: {describe(split, len(images) - len(rows))}")
-    mean, deviation, duplicates = compare_images(packs, faces.root)
+            unreadable = len(images) - len(rows)
+            print(f"{name}: {describe(split, unreadable)}")
+            if unreadable > MAX_UNREADABLE * len(images):
+                print(f"    train.py takes {MAX_UNREADABLE:.0%} of unreadable images at most; mend or remove them")
+    mean, deviation, duplicates = colours_and_duplicates(packs, faces.root)
     print("train, 0..1: mean {:.4f} {:.4f} {:.4f}, standard deviation {:.4f} {:.4f} {:.4f} (red, green, blue)".format(
         *mean, *deviation))
     print(f"duplicates: {len(duplicates)} images equal an earlier one once decoded")

@@ -122,7 +122,7 @@ def best_threshold(labels, scores):
     lower[0] = upper[0]
     best = np.flatnonzero(accuracy > accuracy.max() - 1e-12)
     i = best[np.argmax(upper[best] - lower[best])]
-    if upper[i] == lower[i]:                                        # half the number just above 0 is 0
+    if upper[i] == lower[i]:                                        # no gap; half of 5e-324 would be 0
         return float(upper[i])
     return float(upper[i] / 2 + lower[i] / 2)
 
@@ -257,6 +257,6 @@ if __name__ == "__main__":
     except BrokenPipeError:                                         # nobody reads on, as after | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as e:
-        text = f"{e.filename}: {e.strerror}; name another" if isinstance(e, OSError) else e
+        text = f"{e.filename or 'what was printed'}: {e.strerror}; name another" if isinstance(e, OSError) else e
         print("error:", text, file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ s and m shown as auto follow from the number of classes and images (default_scal
 ArcFace as published.
 
 A loss is an nn.Module: __init__ takes its arguments, forward takes (x, y) and returns a scalar. To add one, write the
-class and a line in LOSSES. One step of ArcFace:
+class and a line in LOSSES, or in BALANCED if it compares the images of a batch. One step of ArcFace:
 
     s x^                                    unit
     logits (B, C) = s x^.w^_j               ClassWeights.compare, Cosines
@@ -70,10 +70,10 @@ class Cosines(torch.autograd.Function):
 
 
 def psi(t, m1=1.0, m2=0.0, m3=0.0):
-    """The margins of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one: psi(m1 theta + m2) - m3 of the cosine t.
-    psi(a) = (-1)^k cos a - 2k with k = floor(a / pi) continues the cosine so that it falls for every angle;
-    cos(theta + m) alone rises again beyond pi - m. m2 and m3 may be tensors with gradient; t comes
-    without one (detached)."""
+    """The margins of SphereFace (m1), ArcFace (m2) and CosFace (m3) in one. Its argument t is the cosine. The formulas
+    of papers have psi of an angle: psi(m1 theta + m2) - m3, where psi(a) = (-1)^k cos a - 2k with k = floor(a / pi)
+    continues the cosine so that it falls for every angle; cos(theta + m) alone rises again beyond pi - m. m2 and m3
+    may be tensors with gradient; callers detach t."""
     a = m1 * t.clamp(-1, 1).acos() + m2                                 # rounding puts cosines beyond 1
     k = torch.floor(a / math.pi)
     sign = 1 - 2 * (k % 2)
@@ -211,9 +211,10 @@ class MarginSoftmax(ClassWeights):
 
 class ArcFace(MarginSoftmax):
     """ArcFace: own logit s cos(theta + m) (Deng et al. 2019, 1801.07698). m in radians: 0.5 is 28.6 degrees.
-    If the loss stays at 15 to 20, lower the learning rate. m = 0.3 for noisy or small sets."""
+    If the loss stays at 15 to 20, lower the learning rate. Without m=: 0.5, but 0.3 below 10,000 people, 0.15 if
+    images are few (default_scale_and_margin)."""
 
-    # s and m that are not given: default_scale_and_margin()
+    # make() replaces None; the class by itself needs s and m.
     def __init__(self, dim, classes, s=None, m=None, exact=False, sample=1.0):
         super().__init__(dim, classes, s, sample, m2=m, exact=exact)
 
@@ -267,7 +268,7 @@ class Modified(ClassWeights):
     """Modified softmax: unit weights, no bias, free norm: logits ||x|| cos_j (Liu et al. 2017, 1704.08063, eq. 4).
     A-softmax with m = 1; decision by angle alone, but easy images still win by a long x."""
 
-    def __init__(self, dim, classes):
+    def __init__(self, dim, classes):           # its arguments are those of --loss: neither sample= nor k=
         super().__init__(dim, classes)
 
 
@@ -617,9 +618,9 @@ class CircleClass(ClassWeights):
     def forward(self, x, y):
         s, m = self.scale, self.m
         logits, target = self.compare(x, y)
-        t = target.own_logit(logits)
-        weight = (s * (1 + m) - t.detach()).relu()
-        own = weight * (t - s * (1 - m))
+        own = target.own_logit(logits)  # s t
+        weight = (s * (1 + m) - own.detach()).relu()
+        own = weight * (own - s * (1 - m))
         weights = (logits.detach() + s * m).relu_()
         target.fill_(weights, 0)        # add_() below puts the own logit in its place
         logits.sub_(s * m).mul_(weights)
@@ -936,7 +937,7 @@ class SupCon(nn.Module):
 
 class Circle(nn.Module):
     """Circle loss on pairs: softplus(LSE_n gamma [s_n+m]+ (s_n-m) + LSE_p -gamma [1+m-s_p]+ (s_p-(1-m))).
-    LSE_n and LSE_p are the log-sum-exp of an anchor's pairs with others and with itself. Sun et al. 2020, 2002.10857.
+    LSE_n and LSE_p are the log-sum-exp of an anchor's impostor and genuine pairs. Sun et al. 2020, 2002.10857.
     (The course write-up prints the positive term without the minus before gamma; that would push genuine pairs
     apart.) The weights [.]+ carry no gradient. gamma=256, m=0.25 for large batches."""
 
@@ -1281,7 +1282,7 @@ LOSSES = {
     "regular": Regular,
 }
 
-# Other names and recipes. A recipe of several terms takes no arguments.
+# Other names and recipes. Another name takes arguments, a recipe takes none.
 ALIASES = {
     "softmax": "ce",
     "amsoftmax": "am",
@@ -1391,8 +1392,8 @@ class Loss(nn.Module):
         return number
 
     def expected(self, batch_size=1):
-        """The sum at random initialisation, None where no closed form is known, or where a term draws more classes
-        than its sample= asks for, because the batch has more people."""
+        """The sum at random initialisation, None where no closed form is known, or where a term may draw more classes
+        than its sample= asks for, because the batch has more images."""
         total = 0
         for factor, term in zip(self.factors, self.terms):
             value = getattr(term, "expected", None)

@@ -513,6 +513,9 @@ def test_data_finds_pairs_by_the_courses_other_names(tmp):
     found = data.load(tmp)
     assert found.val_pairs.labels.tolist() == [1, 0] and not found.note
     assert [Path(file).name for file in found.test_pairs.files] == ["a.jpg", "b.jpg"]
+    with chdir(tmp / "ver_data"):
+        for folder in ".", f"{tmp}/ver_data/":
+            assert len(data.read_pairs("test_pair.txt", folder).files) == 2
 
 
 def test_data_reads_lists_however_they_are_encoded(tmp):
@@ -553,6 +556,10 @@ def test_data_counts_and_names_what_it_skipped(tmp):
     note = data.load(tmp).note
     assert "4 files skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c, .." in note
     assert "1 files skipped, beside the people's folders: loose.png" in note and "list.txt" not in note
+    pictures(tmp, "mix/images/1.png", "mix/2.png")
+    skipped = []
+    assert data.read_split(tmp / "mix", skipped) == ([f"{tmp}/mix/images/1.png"], None)
+    assert skipped == [f"{tmp}/mix/2.png"]
     out, _ = run(tmp, data, "--data . --sheet sheet.png")
     assert "Ann/a.heic" in out
 
@@ -633,6 +640,8 @@ def test_data_refuses_folders_that_are_no_set(tmp):
     raises("no such folder", data.load, tmp / "both/one/val_pairs.txt")
     raises("no labelled training images", data.load, tmp / "empty")
     raises("several data sets", data.load, tmp / "both")
+    homework(tmp / "both/one/more/two")
+    raises(f"several data sets, as {tmp}/both/one and {tmp}/both/one/more/two", data.load, tmp / "both/one")
     raises("too few to hold", data.load, tmp / "few")
 
 
@@ -676,6 +685,9 @@ def test_data_describes_a_set_and_shows_it(tmp):
     for face in x:                                          # every face is on it, twice as large
         twice = Image.fromarray(face).resize((64, 64), Image.LANCZOS)
         assert twice.crop((0, 5, 64, 6)).tobytes() in sheet
+    write_text(tmp / "set/Bo/1.png", "no image")
+    out, err = run(tmp, data, "--data set --holdout 0 --sheet sheet.png")
+    assert "8 images, 1 unreadable" in out and "takes 1% of unreadable images at most" in out and "Bo" not in err
 
 
 def colours(image):
@@ -854,7 +866,7 @@ def packs_in(cache):
 def test_data_pack_decodes_once(tmp):
     files, cache, pack = files_and_pack(tmp)
     images, rows = pack()
-    assert isinstance(images.rows, np.memmap) and len(rows) == 101
+    assert isinstance(images.pixels, np.memmap) and len(rows) == 101
     assert (images[[5, 3]] == [data.decode(files[5], 32), data.decode(files[3], 32)]).all()
     inner, _ = data.pack(files, 16, cache, crop=0.5)        # beside the other, not in its place
     assert (inner[[2]][0] == np.asarray(Image.open(files[2]))[8:24, 8:24]).all()
@@ -867,10 +879,10 @@ def test_data_pack_decodes_as_asked_where_the_disk_is_full(tmp):
     files, cache, pack = files_and_pack(tmp)
     with patched(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0)):
         images, _ = pack()
-    assert images.rows is None
+    assert images.pixels is None
     assert (images[range(9)] == [data.decode(file, 32) for file in files[:9]]).all()
     with patched(os, "posix_fallocate", full):              # less room than was told
-        assert pack()[0].rows is None and not packs_in(cache)
+        assert pack()[0].pixels is None and not packs_in(cache)
 
 
 def test_data_pack_follows_changed_files_and_leaves_out_the_unreadable(tmp):
@@ -957,7 +969,7 @@ def test_data_pack_needs_no_memory_map(tmp):
         images, rows = pack()
         want = [data.decode(files[5], 32), data.decode(files[3], 32)]
         assert (images[[5, 3]] == want).all() and len(rows) == 101
-    assert pack()[0].rows is not None
+    assert pack()[0].pixels is not None
     Path(files[1]).touch()
     with patched(os, "replace", wraps=os.replace) as replace, no_map:           # Windows: nothing is open or mapped
         replace.side_effect = lambda old, new: closed(old) and mock.DEFAULT
@@ -1146,6 +1158,17 @@ def test_data_cli_goes_on_when_nobody_reads():
         raise ValueError("no")
 
     assert cli_of(fail, stderr=unread_pipe())[0] == 2
+
+
+def test_data_cli_works_on_and_reports_a_full_disk_at_the_end(tmp):
+    def work():
+        print("step", flush=True)
+        (tmp / "result").touch()
+
+    with open("/dev/full", "w") as full:
+        code, said = cli_of(work, stdout=full)
+    assert code == 2 and said.startswith("error: what was printed: No space left on device; make room")
+    assert (tmp / "result").exists()
 
 
 def test_data_cli_refuses_before_work(tmp):
@@ -1413,6 +1436,13 @@ def test_prepare_takes_lfws_lists_of_people(tmp):
     assert "people.txt:2: no folder 'Zoe'" in prepare(tmp, "--people people.txt", code=2)[1]
     for flags in "--people x", "--box 0,0,9,9", "--as people":
         assert "--prepare" in refused(tmp, data, "--data photos", flags)
+    (tmp / "photos/Nobody").mkdir()
+    write_text(tmp / "people.txt", "Nobody\n")
+    assert "people.txt: names nobody with a photograph" in prepare(tmp, "--people people.txt", code=2)[1]
+    for flags in "--augment", "--holdout 0.5", "--sheet s.png":
+        assert "does nothing with --prepare" in prepare(tmp, flags, code=2)[1]
+    for share in "10", "-1", "nan", "inf":
+        assert f"--holdout {share} is outside 0..0.9" in refused(tmp, data, "--data photos --holdout", share)
     for size in 0, 64:
         assert "--size: does nothing" in prepare(tmp, "--size", size, code=2)[1]
     assert "--size 0" in prepare(tmp, "--size 0 --box 0,0,9,9", code=2)[1]
@@ -1759,8 +1789,26 @@ def test_train_fine_tunes_another_runs_backbone(tmp):
     assert not torch.equal(second["loss"]["terms.0.projection"], torch.eye(8, 16))
     assert verify.embed(net, np.zeros((3, 32, 32, 3), np.uint8), criterion.project).shape == (3, 8)
     assert "new: neck" in tiny(tmp, "--init first.pt --dim 8 --freeze --out third", epochs=1)[0]
+    iresnet = dict(arch="iresnet18", size=32)
+    torch.save(first | {"args": first["args"] | iresnet, "model": models.make(**iresnet, dim=16).state_dict(), "ema": None},
+               tmp / "iresnet.pt")
+    net = models.make(**iresnet, dim=8)                     # the scale of its last batch norm stays 1
+    with redirect_stdout(StringIO()):
+        train.start_from(net, tmp / "iresnet.pt", "iresnet18", freeze=True)
+    trainable = [name for name, p in net.named_parameters() if p.requires_grad]
+    assert trainable and not any(name.endswith("5.weight") for name in trainable)
     assert "swiftface, not a resnet34" in tiny(tmp, "--init first.pt --arch resnet34", code=2)[1]
     assert "--init" in tiny(tmp, "--freeze", code=2)[1]
+
+
+def test_train_lists_losses_and_architectures_wherever_help_stands(tmp):
+    with patched(losses, "table", lambda: "losses"), patched(models, "table", lambda: "backbones"):
+        for flags, name in table("""
+                --loss help                  losses
+                --loss=help                  losses
+                --loss help --arch resnet34  losses
+                --arch help --loss ce        backbones"""):
+            assert run(tmp, train, flags)[0] == f"{name}\n"
 
 
 def test_train_learning_rate_warms_up_then_falls_as_a_cosine():
@@ -2250,6 +2298,20 @@ def test_verify_saved_embeddings_serve_as_gallery():
     close(again["threshold"], scores[labels == 0].max(), 1e-9)                  # of so few impostors: above them all
 
 
+def test_verify_names_nobody_without_a_threshold(tmp):
+    folder, _ = older_kaggle()
+    error = refusal(tmp, "--mirror none --gallery", folder / "known", "--probes", folder / "unknown_dev")
+    assert "has no threshold" in error and "--threshold-from" in error and not any(tmp.iterdir())
+
+
+def test_verify_says_what_a_gallery_leaves_out(tmp):
+    folder, people = older_kaggle()
+    copytree(folder / "known", tmp / "known")
+    shutil.copy(people[0][0], tmp / "known/loose.jpg")
+    _, err = judge(tmp, "--gallery known --probes", folder / "unknown_dev/0.jpg")
+    assert "known: 1 files skipped, such as known/loose.jpg, beside the people's folders" in err
+
+
 def test_verify_refuses_labels_of_other_probes(tmp):
     folder, _ = older_kaggle()
     copytree(folder / "unknown_dev", tmp / "unknown_dev")
@@ -2322,7 +2384,7 @@ def test_verify_two_images_are_judged_by_the_validation_pairs(tmp):
     no_threshold = answer(tmp, "--mirror none", *first_pair())                  # of that the checkpoint has no scores
     assert list(no_threshold) == ["checkpoint", "score"]
     text, _ = judge(tmp, *first_pair())                     # images may follow --ckpt
-    assert "of a hundred genuine validation pairs" in text
+    assert "of a hundred genuine pairs of validation" in text
     assert "for FAR" in judge(tmp, "--far 0.1 --threshold-from", trained() / "best.pt", *first_pair())[0]
 
 
@@ -2339,6 +2401,8 @@ def test_verify_scores_the_homeworks_pairs_as_training_did_and_saves_embeddings(
     z = np.load(tmp / "z.f16.npy")
     assert z.dtype == np.float16
     assert z.shape == (len(val.files), 32)
+    answer(tmp, "--save-embeddings y.f16", pairs, images)
+    assert np.load(tmp / "y.f16.npy").dtype == np.float16
 
 
 def test_verify_refuses_arguments_that_do_not_go_together(tmp):
@@ -2347,6 +2411,11 @@ def test_verify_refuses_arguments_that_do_not_go_together(tmp):
     assert "1 images; give two" in refusal(tmp, "a.jpg")
     assert "no metric" in refusal(tmp, "--metric learned")
     assert "no such folder" in refusal(tmp, "--gallery none")
+    unlabelled = "--threshold-from", trained() / "best.pt", "--pairs", faces() / "test_pairs.txt"
+    assert "pairs without labels" in refusal(tmp, *unlabelled, "--images", faces() / "ver_data")
+    write_text(tmp / "s.csv", "1,0.9\n0,0.1\n")
+    error = refused(tmp, verify, "--threshold-from x --ckpt", trained() / "best.pt", "s.csv")
+    assert "does nothing for a file of scores" in error
 
 
 def test_verify_judges_checkpoint_and_score_file_side_by_side(tmp):
@@ -2371,6 +2440,8 @@ def test_verify_names_several_checkpoints_by_what_tells_them_apart():
             a/run/best.pt b/run/best.pt  a/run/best b/run/best"""):
         assert verify.short_names([Path(path) for path in paths.split()]) == names.split()
     assert verify.short_names([Path("a.pt"), Path("a.pt")]) == [Path("a.pt"), Path("a.pt")]
+    names = verify.short_names([Path("together.csv"), Path("b/best.pt")])       # the mean's name is taken by none
+    assert "together" not in names and len(set(names)) == 2
 
 
 def test_verify_several_checkpoints_together_are_the_mean_of_their_scores(tmp):

@@ -77,8 +77,9 @@ def parser_of_arguments():
     g.add_argument("--size", type=number(int, 32, 256), help="side of the input in pixels, 32..256 [the set's own]")
     g.add_argument("--crop", type=number(float, 0.1, 1), default=1.0, help="share of the image's side that is seen,"
                    " around its centre [1]")
-    g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1, help="share of the people held out for"
-                   " validation where the set has no val_pairs; 0 trains on all and saves the last epoch as best [0.1]")
+    g.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1, help="share of the people with several"
+                   " images, two at least, held out for validation where the set has no val_pairs; 0 trains on all and"
+                   " saves the last epoch as best [0.1]")
 
     g = parser.add_argument_group("model and loss")
     g.add_argument("--arch", default="resnet34", help="backbone; 'help' lists them [resnet34]")
@@ -107,7 +108,7 @@ def parser_of_arguments():
                    " learned scalars [0.05 for adamw and muon, 1 for fewer than 50,000 images; 5e-4 for sgd]")
     g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps with rising rate [0.1]")
     g.add_argument("--lr-end", type=number(float, 0, 1), default=0.0, help="share of the peak rate that is left at the"
-                   " last step; above 0 only with --ema, which averages the noise away [0]")
+                   " last step; above 0 is of use with --ema, which averages the noise away [0]")
     g.add_argument("--clip", type=number(float, 0), default=5.0, help="largest norm of the gradient, 0 for any [5]")
     g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the weights"
                    " that is evaluated and saved, 0 for none [0]")
@@ -204,7 +205,7 @@ def resumed_arguments(parser, args):
     args.out = out
     if args.init:
         args.init = os.path.abspath(args.init)                  # as check_arguments() does
-    if args.amp == "auto":
+    if args.amp == "auto":                                      # here: as before, whatever this device would choose
         args.amp = ckpt["args"]["amp"]
     differing = []
     for name, value in ckpt["args"].items():
@@ -260,7 +261,8 @@ def start_from(net, path, arch, freeze):
     print(f"backbone from {path}" + (f"; new: {', '.join(new)}" if new else ""))
     if freeze:
         for name, p in net.named_parameters():
-            p.requires_grad_(name not in fitting)
+            if name in fitting:
+                p.requires_grad_(False)
 
 
 class Run:
@@ -290,7 +292,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
         self.per_person = min(args.per_person, len(train.rows)) if criterion.balanced else 0
-        # The shape is that of every epoch; batch_size may be less than args.batch_size in a tiny set.
+        # Every epoch has this shape. batch_size may be less than args.batch_size: in a tiny set, or P people x K.
         self.steps_per_epoch, self.batch_size = self.batches_of_epoch(0).shape
         self.total_steps = args.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, args.steps or self.total_steps)
@@ -355,6 +357,7 @@ class Run:
         """Write OUT/last.pt."""
         ckpt = self.state()
         opt_state = map_optimizer_rows(losses.gather_class_rows, self, self.opt.state_dict())
+        # spent: seconds of this epoch
         ckpt |= {"opt": opt_state, "scaler": self.scaler.state_dict(), "log": self.log, "sums": self.epoch_stats,
                  "spent": time.monotonic() - self.epoch_began}
         self.save("last.pt", ckpt)
@@ -429,7 +432,7 @@ def lr_factor(step, total, warmup, end=0.0):
     return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-AUGMENTATION, DROPOUT, LOSS = 0, 1, 2 ** 31                     # what a step draws random numbers for
+AUGMENTATION, DROPOUT, LOSS = 0, 1, 2 ** 31     # what a step draws random numbers for; dropout: 1 + rank, below 2 ** 31
 
 
 def seed_step(*key):
@@ -473,10 +476,10 @@ def train_one_epoch(run, epoch):
     """The steps of an epoch, from run.step on, that are not done yet. False if --steps ended it early."""
     set_train_mode(run)
     first_step, epoch_start = run.step, epoch * run.steps_per_epoch
-    batches = run.batches_of_epoch(epoch)[first_step - epoch_start:run.last_step - epoch_start]
-    progress = data.Progress(f"epoch {epoch + 1}", batches.size)
+    order = run.batches_of_epoch(epoch)[first_step - epoch_start:run.last_step - epoch_start]
+    progress = data.Progress(f"epoch {epoch + 1}", order.size)
     # index (B,): rows of the whole batch. x: the images of it that are this process's.
-    for index, x in data.batches(run.train.images, batches, run.device, run.local_rows):
+    for index, x in data.batches(run.train.images, order, run.device, run.local_rows):
         loss = train_step(run, x, run.labels[index])
         note_loss(run, loss)
         progress.update((run.step - first_step) * run.batch_size)
@@ -494,7 +497,8 @@ def train_one_epoch(run, epoch):
 
 
 def set_train_mode(run):
-    """Dropout and batch statistics as in training; layers whose weights are frozen keep their statistics too."""
+    """Dropout and batch statistics as in training; with --freeze only in layers with trainable weights, so that dropout
+    is as in evaluation."""
     run.net.train()
     if run.args.freeze:
         for module in run.net.modules():
@@ -549,6 +553,7 @@ def finish_epoch(run, epoch, sets, whole):
     people = len(run.faces.names)
     per_centroid = min(8, max(1, SHOWN_OF_TRAIN // people))     # 8 is what verify.py takes
     found = verify.evaluate(run.eval_net, run.criterion, sets, people, per_centroid=per_centroid)
+    # verify's names differ: its dev_acc1 is the log's acc, its acc the log's pair_acc.
     metrics = dict.fromkeys(["dev_acc1", "eer", "auc", "acc"], math.nan) | found.metrics
     steps = run.step - epoch * run.steps_per_epoch
     row = dict(
@@ -560,7 +565,8 @@ def finish_epoch(run, epoch, sets, whole):
     note_busy_machine(run, row)
 
     is_best = not row["eer"] >= run.best                        # "not >=": NaN, without validation pairs, is best too
-    if is_best and (whole or not run.log):
+    is_best = is_best and (whole or not run.log)                # of epochs cut short only the first is saved
+    if is_best:
         if whole:
             run.best = row["eer"]
         run.save_best(found.scores.get("val_pairs"))
@@ -610,7 +616,9 @@ def write_log(out, log):
 # ---- Optimizers -------------------------------------------------------------------------------------------------
 
 def make_optimizer(args, net, params):
-    """AdamW, SGD or Muon for params. Matrices and kernels decay, norms, biases and learned scalars do not."""
+    """AdamW, SGD or Muon for params. Matrices and kernels decay, norms, biases and learned scalars do not.
+    Tell verify.check_optimizer() of a new optimizer and of settings other than torch's defaults: else --resume takes
+    last.pt for damaged."""
     kernels = []
     if args.opt == "muon":
         for module in net.modules():
@@ -958,10 +966,10 @@ def print_run(run):
 
 
 def main():
-    topics = {"--loss": losses, "--arch": models}
-    if len(sys.argv) > 2 and sys.argv[-2] in topics and sys.argv[-1] == "help":
-        print(topics[sys.argv[-2]].table())
-        return
+    for flag, module in {"--loss": losses, "--arch": models}.items():
+        if f"{flag}=help" in sys.argv or (flag, "help") in zip(sys.argv, sys.argv[1:]):
+            print(module.table())
+            return
     processes = find_processes()
     args, ckpt, run_lock = parse_args()
     device = connect(args, processes)
@@ -996,7 +1004,7 @@ def main():
         data.write(run.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
 
     for epoch in range(len(run.log), args.epochs):
-        if run.log and run.step >= run.last_step:
+        if run.log and run.step >= run.last_step:               # without a row yet: go on, so that best.pt is written
             break
         broadcast_replicated(criterion)
         whole = train_one_epoch(run, epoch)

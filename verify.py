@@ -240,10 +240,11 @@ def check_loss(ckpt, spec, path):
     """ValueError unless as many numbers were saved as a loss of this spec has, before it is made: a wrong k or too
     many people would ask for any amount of memory."""
     people, saved = len(ckpt["names"]), numel(ckpt["loss"])
-    for k in re.findall(r"\bk=(\d{1,20})", spec):
+    for k in re.findall(r"\bk=(\d{1,20})", spec):          # centres a person
         if int(k) > max(saved, 1024):
             raise misfit(path, "loss", f"{spec} and {people} people")
     try:
+        # with each person the number grows by the same amount
         of_two = numel(losses.make(spec, ckpt["args"]["dim"], 2).state_dict())
         of_three = numel(losses.make(spec, ckpt["args"]["dim"], 3).state_dict())
     except ValueError as e:
@@ -459,8 +460,7 @@ def closed_set(net, criterion, probes, train, classes, per_centroid=8):
         device = criterion.weight.device
         ranked = torch.cat([criterion.top(part.to(device), k).cpu() for part in z.split(1024)])
     else:
-        rows = train.rows[np.argsort(train.labels[train.rows], kind="stable")]
-        people = np.split(rows, np.flatnonzero(np.diff(train.labels[rows])) + 1)
+        people = data.rows_of_people(train.labels, train.rows)
         few = np.concatenate([rows[:per_centroid] for rows in people])
         z = embed(net, train.images, criterion.project, rows=few)
         centres = centroids(z, train.labels[few], classes)
@@ -501,11 +501,11 @@ def search(gallery, probes, k=5, block=4096, similarity=None):
             floor = torch.nextafter(kth_best, torch.tensor(-np.inf))
         hopeful = torch.nonzero(scores.amax(1) > floor[:, 0]).flatten()     # few probes, after the first blocks
         i, column = torch.nonzero(scores[hopeful] > floor[hopeful], as_tuple=True)
-        probe = hopeful[i]                                  # the candidates, and with them the best so far
-        value = np.append(best, scores[probe, column])
-        probe = np.append(np.repeat(np.arange(len(probes)), best.shape[1]), probe)
+        # The best so far and the candidates behind them, sorted by probe, then the highest score, then the row.
+        probe = np.append(np.repeat(np.arange(len(probes)), best.shape[1]), hopeful[i])
+        value = np.append(best, scores[hopeful[i], column])
         row = np.append(best_rows, column + start)
-        order = np.lexsort((row, -value, probe))            # by probe, then the highest score, then the row
+        order = np.lexsort((row, -value, probe))
         first = np.searchsorted(probe[order], np.arange(len(probes)))
         keep = order[first[:, None] + np.arange(k)]         # (P, k)
         best, best_rows = value[keep], row[keep]
@@ -587,7 +587,7 @@ class Verifier:
         ckpt = load(path)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        net, criterion = build(ckpt, device)
+        net, criterion = build(ckpt, device, path)
         self.path, self.net = path, models.fold(net)
         self.size, self.crop = ckpt["args"]["size"], ckpt["args"]["crop"]
         self.project, self.similarity = metric_of(criterion)
@@ -772,7 +772,11 @@ def load_or_embed(net, trained, folder, project, mirror):
     if os.path.isfile(folder):                              # one image
         files, labels, folder = [folder], None, os.path.dirname(folder) or "."
     else:
-        files, labels = data.read_split(folder)
+        skipped = []
+        files, labels = data.read_split(folder, skipped)
+        if skipped:
+            print(f"{folder}: {len(skipped)} files skipped, such as {skipped[0]}, {data.why_skipped(skipped[0])}",
+                  file=sys.stderr)
     embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror)
     return embedded
 
@@ -902,8 +906,8 @@ def threshold_of(known, far):
     labels, scores, _ = known
     if not far:
         rate, threshold = eer.eer(labels, scores)
-        return threshold, f"where the validation EER is {eer.percent(rate)}"
-    why = f"for FAR {far:g} on validation"
+        return threshold, f"where the EER is {eer.percent(rate)}"
+    why = f"for FAR {far:g}"
     impostors = int((labels == 0).sum())
     if far * impostors < 1:
         why += f"; {impostors} impostor pairs cannot tell so low a rate, it lies above them all"
@@ -936,11 +940,12 @@ def compare_images(net, criterion, ckpt, args, threshold_from):
     if known is None:
         return Outcome(dict(score=score), f"score {score:.4f}; {why}", {})
     genuine, impostor = eer.split(known.labels, known.scores)
+    source = threshold_from or "validation"
     same, lower, higher = score >= threshold, np.mean(genuine < score), np.mean(impostor >= score)
     answer = "same person" if same else "different people"
     result = dict(score=score, same=same, threshold=threshold, genuine_lower=lower, impostor_higher=higher)
     text = (f"score {score:.4f}: {answer} (threshold {threshold:.4f}, {why})\n"
-            f"of a hundred genuine validation pairs {100 * lower:.3g} score lower, of a hundred impostor pairs"
+            f"of a hundred genuine pairs of {source} {100 * lower:.3g} score lower, of a hundred impostor pairs"
             f" {100 * higher:.3g} as high or higher ({len(genuine)} and {len(impostor)} pairs)")
     folders = {Path(os.path.abspath(file)).parent.name for file in args.files}
     for name in sorted(folders & trained_people(ckpt)):
@@ -960,6 +965,9 @@ def identify(net, criterion, ckpt, args, threshold_from):
     if not args.probes:
         text = f"{len(gallery.z)} images of {args.gallery}: {args.save_embeddings or 'give --probes'}"
         return Outcome(dict(images=len(gallery.z)), text, {})
+    calibration = threshold_scores(net, criterion, ckpt, args, threshold_from)
+    if calibration is None:
+        raise ValueError(f"--probes: {threshold_of(None, None)[1]}")
     people = one_per_person(gallery, args.pool)
     probes = load_or_embed(net, ckpt["args"], args.probes, project, args.mirror)
     if people.z.shape[1] != probes.z.shape[1]:
@@ -970,7 +978,6 @@ def identify(net, criterion, ckpt, args, threshold_from):
 
     # The five best matches of each probe, and nobody below the threshold.
     scores, found_rows = search(people.z, np.array(probes.z, np.float32), similarity=similarity)    # (P, 5)
-    calibration = threshold_scores(net, criterion, ckpt, args, threshold_from)
     threshold, why = search_threshold(calibration, args.far or 0.01, len(people.names))
     best = scores[:, 0]
     accepted = best >= threshold
@@ -1034,8 +1041,8 @@ def search_threshold(known, far, size):
     """
     per_pair = -np.expm1(np.log1p(-far) / size)             # exact for small rates
     threshold, why = threshold_of(known, per_pair)
-    impostors = int((known.labels == 0).sum()) if known else 0
-    if known and per_pair * impostors < 1:                  # a stranger may lie above them all, too
+    impostors = int((known.labels == 0).sum())
+    if per_pair * impostors < 1:                            # a stranger may lie above them all, too
         why += f", so a stranger may find somebody at a rate of {1 - (1 - 1 / (impostors + 1)) ** size:.2g}"
     return threshold, (f"that a stranger finds anybody at a rate of {far:g}: in each comparison"
                        f" 1 - (1 - {far:g})^(1/{size}) = {per_pair:.3g}; {why}")
@@ -1073,7 +1080,7 @@ def probe_labels(folder, n):
     for path in (folder.with_name("verification_dev.csv"), folder.with_name("dev_identities.csv")):
         if not path.is_file() or "test" in folder.name:
             continue
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             labels = [row.get("label") for row in csv.DictReader(file)]
         if len(labels) != n or None in labels:
             raise ValueError(f"{path}: {len(labels)} rows for the {n} images of {folder}; it takes a column label"
@@ -1258,8 +1265,8 @@ def summary(folder):
                "accuracy on dev": float(row["acc"]), "seconds": round(float(log[-1]["seconds"])),
                "images seen": images_seen(ckpt),
                "parameters": sum(p.numel() for p in [*net.parameters(), *criterion.parameters()])}
-    except (KeyError, TypeError):
-        raise ValueError(f"{folder}: log.csv lacks the step of best.pt, or a column") from None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder}: log.csv lacks the step of best.pt or a column, or has no number there") from None
     return run, ckpt["args"]
 
 
@@ -1299,7 +1306,7 @@ class Outcome(NamedTuple):
 
 def outcome_of(path, args, threshold_from):
     """The Outcome of a checkpoint, or of a CSV file of label,score."""
-    if path.endswith(".csv"):
+    if holds_scores(path):
         return describe({"val_pairs": Scores(*eer.read(path), None)}, None)
     ckpt = load(path)
     net, criterion = build(ckpt, args.device, path)
@@ -1314,7 +1321,7 @@ def outcome_of(path, args, threshold_from):
         answer = identify
     elif embeds_folder(args):
         answer = embed_folder
-    outcome = answer(models.fold(net), criterion, ckpt, args, threshold_from)
+    outcome = answer(models.fold(net), criterion, ckpt, args, threshold_from)   # all take the same arguments
     told, line = identity_of(path, ckpt)
     return outcome._replace(result={"checkpoint": told, **outcome.result}, text=f"{line}\n{outcome.text}")
 
@@ -1359,6 +1366,8 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
         result.update(numbers)
         lines.append("neural collapse of the training embeddings drawn (0: complete):\n    "
                      + "   ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
+    if threshold_from and "val_pairs" not in sets:
+        raise ValueError("--threshold-from: does nothing for pairs without labels; leave it out")
     if "val_pairs" in sets:
         if threshold_from:
             scores["threshold"] = threshold_scores(net, criterion, ckpt, args, threshold_from)
@@ -1447,7 +1456,7 @@ def short_names(paths):
     for path in resolved:
         names.append(path.parent.name if path.stem in ("best", "last") else path.stem)
     for length in range(2, 9):
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and "together" not in names:   # which is what their mean is called
             return names
         names = ["/".join(path.with_suffix("").parts[-length:]) for path in resolved]
     return paths
@@ -1526,11 +1535,11 @@ def parse_args():
         " loss has one, otherwise cosine]")
     add("--mirror", choices=["mean", "concat", "none"], default="mean", help="what becomes of the embeddings of an"
         " image and its mirror image [mean]")
-    add("--far", type=float, help="decide at the threshold of this false accept rate, 1e-3 say [the EER's]; with"
-        " --probes, the chance that a stranger finds anybody [0.01]")
+    add("--far", type=float, help="with two images, --export or --threshold-from: decide at the threshold of this false"
+        " accept rate, 1e-2 say [the EER's]; with --probes: the chance that a stranger finds anybody [0.01]")
     add("--threshold-from", metavar="FILE", nargs="+", default=[None], help="choose the threshold on these labelled"
-        " pairs, images in --images, or on the validation pairs of a best.pt, one for each --ckpt: of pairs the most"
-        " accurate, otherwise the EER's [the checkpoint's own pairs]")
+        " pairs, images in --images, or on the validation pairs of a best.pt, one for each --ckpt: to judge pairs"
+        " the most accurate, otherwise the EER's [the checkpoint's own pairs]")
     add = parser.add_argument_group("what to write").add_argument
     add("--out", help="scores of test pairs, or the probes' names [submission.csv, identification.csv; none for"
         " several checkpoints]")
@@ -1547,7 +1556,8 @@ def parse_args():
         args.files += images
         option[:] = [name for name in option if name not in images]
     if args.save_embeddings:
-        args.save_embeddings = args.save_embeddings.with_suffix(".npy")
+        if args.save_embeddings.suffix != ".npy":
+            args.save_embeddings = Path(f"{args.save_embeddings}.npy")
     if args.probes:
         args.out = args.out or "identification.csv"
     check(args)
@@ -1568,6 +1578,11 @@ def takes_one_checkpoint(args):
     return bool(args.files or args.gallery or args.export or embeds_folder(args))
 
 
+def holds_scores(path):
+    """Whether one of --ckpt is a CSV file of label,score."""
+    return path.lower().endswith(".csv")
+
+
 def check(args):
     """ValueError for arguments that do not go together."""
     if len(args.files) not in (0, 2):
@@ -1586,14 +1601,16 @@ def check(args):
             check_writable(written)
     if args.probes and not args.gallery:
         raise ValueError("--probes needs --gallery, the images of known people")
-    if takes_one_checkpoint(args) and (len(args.ckpt) != 1 or args.ckpt[0].endswith(".csv")):
+    if args.threshold_from[0] and any(map(holds_scores, args.ckpt)):
+        raise ValueError("--threshold-from: does nothing for a file of scores, which has none of other pairs; leave one out")
+    if takes_one_checkpoint(args) and (len(args.ckpt) != 1 or holds_scores(args.ckpt[0])):
         raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
 
 
 def check_writable(path):
     folder = Path(os.path.realpath(path)).parent
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path}: its folder is not there or is read-only; give another --out")
+        raise ValueError(f"{path}: its folder is not there or is read-only; name another")
 
 
 def check_used(args, parser):
@@ -1601,7 +1618,7 @@ def check_used(args, parser):
     what, used = "here", {"ckpt", "device", "metric", "mirror", "json"}
     if args.compare:
         what, used = "with --compare", {"compare", "device", "json"}
-    elif all(path.endswith(".csv") for path in args.ckpt):
+    elif all(map(holds_scores, args.ckpt)):
         what, used = "with files of scores only", {"ckpt", "device", "plots", "json"}
     elif args.export:
         what, used = "with --export", used | {"export", "far", "threshold_from"}
