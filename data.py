@@ -344,8 +344,8 @@ def find_root(path):
             if not any(map(is_left_behind, folder.relative_to(path).parts)):
                 found.append(folder)
     if len(found) > 1:
-        raise ValueError(f"{path}: several data sets, as {found[0].parent} and {found[1].parent}; name one that holds no"
-                         " other, or move one away")
+        raise ValueError(f"{path}: several data sets, as {found[0].parent} and {found[1].parent}; name one that holds"
+                         " no other, or move one away")
     if found:
         return found[0].parent
     while True:                                             # a folder with nothing but a folder is gone through

@@ -1789,10 +1789,10 @@ def test_train_fine_tunes_another_runs_backbone(tmp):
     assert not torch.equal(second["loss"]["terms.0.projection"], torch.eye(8, 16))
     assert verify.embed(net, np.zeros((3, 32, 32, 3), np.uint8), criterion.project).shape == (3, 8)
     assert "new: neck" in tiny(tmp, "--init first.pt --dim 8 --freeze --out third", epochs=1)[0]
-    iresnet = dict(arch="iresnet18", size=32)
-    torch.save(first | {"args": first["args"] | iresnet, "model": models.make(**iresnet, dim=16).state_dict(), "ema": None},
-               tmp / "iresnet.pt")
-    net = models.make(**iresnet, dim=8)                     # the scale of its last batch norm stays 1
+    args = first["args"] | {"arch": "iresnet18"}
+    weights = models.make("iresnet18", 16, 32).state_dict()
+    torch.save(first | {"args": args, "model": weights, "ema": None}, tmp / "iresnet.pt")
+    net = models.make("iresnet18", 8, 32)                   # the scale of its last batch norm stays 1
     with redirect_stdout(StringIO()):
         train.start_from(net, tmp / "iresnet.pt", "iresnet18", freeze=True)
     trainable = [name for name, p in net.named_parameters() if p.requires_grad]

@@ -1602,7 +1602,8 @@ def check(args):
     if args.probes and not args.gallery:
         raise ValueError("--probes needs --gallery, the images of known people")
     if args.threshold_from[0] and any(map(holds_scores, args.ckpt)):
-        raise ValueError("--threshold-from: does nothing for a file of scores, which has none of other pairs; leave one out")
+        raise ValueError("--threshold-from: does nothing for a file of scores, which has none of other pairs; leave one"
+                         " of them out")
     if takes_one_checkpoint(args) and (len(args.ckpt) != 1 or holds_scores(args.ckpt[0])):
         raise ValueError(f"--ckpt {' '.join(args.ckpt)}: this takes one checkpoint")
 
