@@ -293,6 +293,8 @@ def coco(dim, classes, s=30.0, centroids=False, sample=1.0):
     NormFace with a constant: the centroids of the first version became normalised weights. centroids=true is that
     first version, a loss on batches (CentroidCOCO)."""
     if centroids:
+        if sample != 1:
+            raise ValueError("sample= needs class weights")
         return CentroidCOCO(s)
     return NormFace(dim, classes, s, False, sample)
 
@@ -517,8 +519,8 @@ class MagFace(MarginSoftmax):
     def __init__(self, dim, classes, s=None, low=10.0, high=110.0, m_low=0.45, m_high=0.8, lam=35.0,
                  sample=1.0):
         super().__init__(dim, classes, s, sample)
-        if low == 0:
-            raise ValueError("low=0: 1/a has no bound")
+        if not 0 < low < high:
+            raise ValueError("1/a has no bound at low=0, and high is the larger one")
         self.low, self.high, self.m_low, self.lam = low, high, m_low, lam
         self.rise = (m_high - m_low) / (high - low)                     # of the margin, per unit of norm
         self.expected = None
@@ -1344,6 +1346,9 @@ class Loss(nn.Module):
         self.has_projection = bool(self.projections)
         if len(self.projections) > 1:
             raise ValueError(f"{self.spec}: two of these losses change the embedding, each its own way; use one")
+        if self.projections and self.score:
+            raise ValueError(f"{self.spec}: one of these losses changes the embedding, and another learns a metric of"
+                             " the unchanged one; use one")
         for term in modules:
             if isinstance(term, Regular):
                 term.partner = self.heads

@@ -1566,7 +1566,7 @@ def interrupted(number, step):
 
 def test_train_resumed_equals_uninterrupted(tmp):
     """After --steps, and after SIGINT and SIGTERM, which finish the step, save and say how to go on."""
-    stops = (1, None), (2, signal.SIGINT), (3, None), (5, signal.SIGTERM), (4, None)    # of 6 steps, 3 an epoch
+    stops = (1, None), (2, signal.SIGINT), (3, None), (6, signal.SIGTERM), (4, None)    # of 6 steps, 3 an epoch
     with mock.patch.dict(models.CONVNEXT, atto=((1, 1, 1, 1), 16, 0.5)):        # small, drops much
         for i, (flags, (step, number)) in enumerate(zip(RUNS, stops)):
             whole, parts = tmp / f"whole{i}", tmp / f"parts{i}"
@@ -1915,6 +1915,12 @@ def test_train_optimizers_spare_norms_biases_and_scalars_and_muon_takes_kernels_
     assert numbers[2] > 5
     for p in kernels[0]["params"]:
         assert p.ndim == 4 and p is not stem and p.shape[1] > 1                 # not depthwise
+    sphere = models.make("sphere4", 16, 32)
+    args.arch = "sphere4"
+    raises("sphere4 has none", train.make_optimizer, args, sphere, list(sphere.parameters()))
+    args.opt, one_class = "adamw", torch.nn.Parameter(torch.zeros(1, 16))       # a process's only row with --shard
+    decayed, _ = train.make_optimizer(args, net, [one_class]).param_groups
+    assert len(decayed["params"]) == 1
 
 
 def test_train_refuses_in_one_line_before_any_work(tmp):
@@ -4236,8 +4242,11 @@ MISTAKES = """
     normface:learn=maybe   expected bool
     subcenter:k=1.5        expected int
     tse+groupface          embedding
+    tse+siamese            unchanged
+    coco:centroids=true,sample=0.5  numbers
     sphereface2:alpha=1    numbers
     magface:low=9,high=9   numbers
+    magface:low=99,high=9  numbers
     magface:low=0          numbers
     ce:smooth=3            0..1
     multisim:alpha=0       numbers

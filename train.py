@@ -104,14 +104,15 @@ def parser_of_arguments():
                    " AdamW for the rest; or SGD with Nesterov momentum 0.9 [adamw]")
     g.add_argument("--lr", type=number(float, 0), help="peak learning rate, for muon that of AdamW's part [0.001 for"
                    " adamw, 0.004 for muon, 0.1 for sgd]")
-    g.add_argument("--weight-decay", type=number(float, 0), help="on matrices and kernels, not on norms, biases and"
-                   " learned scalars [0.05 for adamw and muon, 1 for fewer than 50,000 images; 5e-4 for sgd]")
+    g.add_argument("--weight-decay", type=number(float, 0), help="on matrices and kernels, not on those that muon"
+                   " turns, norms, biases and learned scalars [0.05 for adamw and muon, 1 for fewer than 50,000 images;"
+                   " 5e-4 for sgd]")
     g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps with rising rate [0.1]")
-    g.add_argument("--lr-end", type=number(float, 0, 1), default=0.0, help="share of the peak rate that is left at the"
-                   " last step; above 0 is of use with --ema, which averages the noise away [0]")
+    g.add_argument("--lr-end", type=number(float, 0, 1), default=0.0, help="share of the peak rate that is left after"
+                   " the last step; above 0 is of use with --ema, which averages the noise away [0]")
     g.add_argument("--clip", type=number(float, 0), default=5.0, help="largest norm of the gradient, 0 for any [5]")
-    g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the weights"
-                   " that is evaluated and saved, 0 for none [0]")
+    g.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of the moving average of the backbone's"
+                   " weights that is evaluated and saved, 0 for none [0]")
 
     g = parser.add_argument_group("augmentation, 0 switches each off")
     for name, (short, long, meaning) in data.AUGMENT.items():
@@ -621,13 +622,16 @@ def make_optimizer(args, net, params):
     last.pt for damaged."""
     kernels = []
     if args.opt == "muon":
+        if not any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules()):
+            raise ValueError(f"--opt muon keeps the lengths of kernels, which only batch norm makes good, and"
+                             f" {args.arch} has none; give --opt adamw")
         for module in net.modules():
             if isinstance(module, torch.nn.Conv2d) and module.groups == 1 and module.weight.requires_grad:
                 kernels.append(module.weight)
     turned = set(kernels)
     others = [p for p in params if p not in turned]
-    matrices = [p for p in others if p.squeeze().ndim > 1]      # squeezed: (1, C) counts as a vector
-    vectors = [p for p in others if p.squeeze().ndim <= 1]
+    matrices = [p for p in others if p.shape[1:].numel() > 1]   # (C, 1) and (C, 1, 1) count as vectors
+    vectors = [p for p in others if p.shape[1:].numel() <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
     if args.opt == "muon":
@@ -667,8 +671,8 @@ class Muon(torch.optim.AdamW):
         o = orthogonalise(g + momentum b), as a matrix (out, in k k)
         w = w - angle |w| o / |o|, then brought back to the length it had
 
-    angle, in radians by which a kernel turns, is 20 lr. Weight decay would only shorten kernels, which the batch norm
-    after them undoes. torch.optim.Muon takes matrices only and keeps no lengths."""
+    angle, in radians by which a kernel turns, is 20 lr. Batch norm after a convolution undoes any change of its
+    kernel's length, so weight decay would do nothing. torch.optim.Muon takes matrices only and keeps no lengths."""
 
     def __init__(self, groups, kernels, lr, momentum=0.6):
         super().__init__([*groups, {"params": kernels, "weight_decay": 0.0}], lr, fused=True)
@@ -1004,8 +1008,9 @@ def main():
         data.write(run.out / "args.json", json.dumps(vars(args), indent=1) + "\n")
 
     for epoch in range(len(run.log), args.epochs):
-        if run.log and run.step >= run.last_step:               # without a row yet: go on, so that best.pt is written
-            break
+        ends_within = run.last_step < (epoch + 1) * run.steps_per_epoch         # by --steps
+        if run.log and ends_within and run.step >= run.last_step:
+            break                                               # a whole epoch without a row goes on to its evaluation
         broadcast_replicated(criterion)
         whole = train_one_epoch(run, epoch)
         finish_epoch(run, epoch, sets, whole)
