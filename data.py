@@ -198,6 +198,8 @@ def read_people(folder, skipped=None):
     for name in sub_folders(folder):
         if name != "ver_data":
             images = images_in(os.path.join(folder, name), skipped)
+            if skipped is not None and not images:
+                skipped.append(os.path.join(folder, name))
             files += images
             labels += [name] * len(images)
     return files, labels
@@ -221,6 +223,8 @@ def read_split(folder, skipped=None):
 
 def why_skipped(file):
     """The reason for a file in read_split()'s list of skipped ones."""
+    if os.path.isdir(file):
+        return "folders without images of their own"
     return "beside the people's folders" if is_image(file) else "without an image's suffix"
 
 
@@ -352,6 +356,9 @@ def find_root(path):
         inside = sub_folders(path)
         if len(inside) != 1 or read_people(path)[0]:
             return path
+        for name in [*list_names("val_pairs"), *list_names("test_pairs")]:
+            if os.path.lexists(path / name):
+                raise ValueError(f"{path / name}: the people's folders are in {path / inside[0]}; move the list there")
         path = path / inside[0]
 
 
@@ -2039,8 +2046,9 @@ def main():
             images, rows = packs[name]
             unreadable = len(images) - len(rows)
             print(f"{name}: {describe(split, unreadable)}")
-            if unreadable > MAX_UNREADABLE * len(images):
-                print(f"    train.py takes {MAX_UNREADABLE:.0%} of unreadable images at most; mend or remove them")
+            most = 0 if isinstance(split, Pairs) else MAX_UNREADABLE
+            if unreadable > most * len(images):
+                print(f"    at most {most:.0%} may be unreadable in training; mend or remove them")
     mean, deviation, duplicates = colours_and_duplicates(packs, faces.root)
     print("train, 0..1: mean {:.4f} {:.4f} {:.4f}, standard deviation {:.4f} {:.4f} {:.4f} (red, green, blue)".format(
         *mean, *deviation))

@@ -555,6 +555,10 @@ def test_data_counts_and_names_what_it_skipped(tmp):
     assert "4 files skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c, .." in note
     assert "1 files skipped, beside the people's folders: loose.png" in note and "list.txt" not in note
     pictures(tmp, "mix/images/1.png", "mix/2.png")
+    pictures(tmp, "deep/Ann/1.png", "deep/Bo/2019/1.png")
+    skipped = []
+    assert data.read_split(tmp / "deep", skipped)[1] == ["Ann"] and skipped == [f"{tmp}/deep/Bo"]
+    assert data.why_skipped(skipped[0]) == "folders without images of their own"
     skipped = []
     assert data.read_split(tmp / "mix", skipped) == ([f"{tmp}/mix/images/1.png"], None)
     assert skipped == [f"{tmp}/mix/2.png"]
@@ -641,6 +645,9 @@ def test_data_refuses_folders_that_are_no_set(tmp):
     homework(tmp / "both/one/more/two")
     raises(f"several data sets, as {tmp}/both/one and {tmp}/both/one/more/two", data.load, tmp / "both/one")
     raises("too few to hold", data.load, tmp / "few")
+    pictures(tmp, "above/people/Ann/1.png", "above/people/Bo/1.png")
+    (tmp / "above/val_pairs.txt").touch()
+    raises("above/val_pairs.txt: the people's folders are in", data.load, tmp / "above")
 
 
 def test_data_reads_lfw_lists(tmp):
@@ -685,7 +692,7 @@ def test_data_describes_a_set_and_shows_it(tmp):
         assert twice.crop((0, 5, 64, 6)).tobytes() in sheet
     write_text(tmp / "set/Bo/1.png", "no image")
     out, err = run(tmp, data, "--data set --holdout 0 --sheet sheet.png")
-    assert "8 images, 1 unreadable" in out and "takes 1% of unreadable images at most" in out
+    assert "8 images, 1 unreadable" in out and "at most 1% may be unreadable in training" in out
     assert "1 of 8 train are unreadable" in err
 
 
@@ -2070,11 +2077,11 @@ def test_verify_submission_has_header_and_ids_of_the_sample_that_fits_or_is_refu
     raises("not finite", write, 0, nan)
     assert not (tmp / "s.csv").exists()
     write_text(tmp / "a_sample_submission.csv", "id,label\nx,0\n")
-    write_text(tmp / "sample_submission.csv", "name,match\np7,0\n\np9,0\n")
+    write_text(tmp / "sampleSubmission.csv", "name,match\np7,0\n\np9,0\n")
     write(0.1, -1 / 3)
     assert (tmp / "s.csv").read_text() == f"name,match\np7,0.1\np9,{-1 / 3!r}\n"
     raises("a_sample_submission.csv: 1 rows", write, 0, 0, 0)
-    raises("sample_submission.csv: 2 rows, but there are 3", write, 0, 0, 0)
+    raises("sampleSubmission.csv: 2 rows, but there are 3", write, 0, 0, 0)
 
 
 def test_verify_metrics_are_what_their_names_say():
@@ -2290,6 +2297,31 @@ def test_verify_searches_one_image_and_tells_of_images_beside_the_people(tmp):
     out, _ = judge(tmp / "known", "--images . --save-embeddings ../z.npy")
     assert "15 images of ." in out and np.load(tmp / "z.npy").shape == (15, 16)
     assert (tmp / "z.skipped.txt").read_text() == "./loose.jpg: beside the people's folders\n"
+
+
+def test_verify_numbers_all_probes_or_none(tmp):
+    folder = older_kaggle()
+    (tmp / "probes").mkdir()
+    for i in range(101):
+        shutil.copy(folder / "unknown_dev/0.jpg", tmp / f"probes/{i:03d}.jpg")
+    (tmp / "probes/050.jpg").write_bytes(b"")
+    assert "050.jpg" in refusal(tmp, "--probes probes --gallery", folder / "known")
+    assert not (tmp / "identification.csv").exists()
+
+
+def test_verify_overwrites_nothing_that_it_reads(tmp):
+    shutil.copy(trained() / "best.pt", tmp / "best.pt")
+    shutil.copy(older_kaggle() / "unknown_dev/0.jpg", tmp / "a.jpg")
+    for flags in "--out best.pt", "--export best.pt", "--gallery g --probes a.jpg --out a.jpg":
+        assert "this command reads it" in refused(tmp, verify, flags)
+
+
+def test_verify_notes_that_other_people_are_held_out_now(tmp):
+    people_folder(tmp / "people")
+    tiny(tmp, "--data people --holdout 0.4 --out run", epochs=1)
+    assert "has changed since training" not in run(tmp, verify, "--ckpt run/best.pt")[0]
+    pictures(tmp, "people/Aaa/1.png", "people/Aaa/2.png")
+    assert "has changed since training" in run(tmp, verify, "--ckpt run/best.pt")[0]
 
 
 def test_verify_refuses_labels_of_other_probes(tmp):
@@ -2617,6 +2649,11 @@ def test_verify_takes_unit_rows_of_any_number_type_and_refuses_others(tmp):
     for wrong in 25, 0, nan, inf:
         np.save(tmp / "g.npy", np.where(np.arange(4)[:, None] == 2, wrong * unit, unit))
         raises("g.npy: row 2 has the length", verify.load_embeddings, tmp / "g.npy")
+    for content in b"PK\3\4garbage", b'\x93NUMPY\1\0\x08\0{"a":(((':
+        (tmp / "g.npy").write_bytes(content)
+        raises("not what --save-embeddings wrote", verify.load_embeddings, tmp / "g.npy")
+        raises("give another name", verify.check_replaceable, tmp / "g.npy")
+    raises("a tab or a line break", verify.save_embeddings, tmp / "t.npy", verify.Embedded(unit, ["a\tb"] * 4, None))
     for strange in unit.astype(complex), unit.astype(str), unit.astype(object):
         np.save(tmp / "g.npy", strange)
         raises("save it anew", verify.load_embeddings, tmp / "g.npy")
@@ -2716,7 +2753,7 @@ def test_verifier_refuses_what_is_no_image_and_names_it():
     truncated = BytesIO()
     Image.fromarray(random_images(1)[0]).save(truncated, "png")
     broken = Image.open(BytesIO(truncated.getvalue()[:300]))
-    shapes = face[None], face[0, 0], face[:, :, :1]
+    shapes = face[None], face[0, 0], face[:, :, :1], face[9:], Image.new("RGB", (0, 0))
     for item in (*shapes, face / 255, 7, None, broken):
         raises("image 1: ", verifier().embed, [face, item])
     raises("empty list", verifier().embed, [])
@@ -2856,6 +2893,9 @@ def test_verify_pools_people_or_compares_single_images_and_tells_the_second_best
     close(pooled.z, [[0.5 ** 0.5, 0.5 ** 0.5, 0], [0, 0, 1]], 1e-6)
     assert pooled.names.tolist() == ["a", "b"]
     assert single.z is gallery.z and single.names.tolist() == names
+    scores, rows = np.array([[4, 3, 2, 1], [8, 7, 6, 5]]), np.array([[1, 0, 2, 3], [3, 2, 1, 0]])
+    scores, rows = verify.best_of_people(np.array(["a", "a", "b", "b"]), scores, rows)
+    assert scores.tolist() == [[4, 2], [8, 6]] and rows.tolist() == [[1, 2], [3, 1]]
     assert verify.second_best(single.names, np.array([3, 2, 1])) == ("b", 1)
     assert verify.second_best(single.names[:2], np.array([3, 2])) == ("", "")
 

@@ -649,10 +649,12 @@ def checked_image(i, image):
     try:
         if isinstance(image, Image.Image):
             image.load()                                    # PIL decodes only here, so a broken file fails here
+            if not all(image.size):
+                raise ValueError(f"an image of {image.width}x{image.height} pixels")
             return image
         if isinstance(image, np.ndarray):
             found = f"an array {image.shape} of {image.dtype}"
-            if image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in ((), (3,)):
+            if image.dtype == np.uint8 and image.ndim > 1 and image.size and image.shape[2:] in ((), (3,)):
                 return Image.fromarray(image)
     except Exception as e:                                  # as in data.decode()
         found = " ".join(str(e).split()) or type(e).__name__
@@ -685,7 +687,7 @@ def write_submission(path, scores, root):
 def read_sample(root, n):
     """(header, ids) of the sample submission in root that has n rows; without any, ID,Label and 0, 1, 2, ..."""
     others = []
-    for sample in sorted(Path(root).glob("*sample*submission*.csv")):
+    for sample in sorted(Path(root).glob("*[sS]ample*[sS]ubmission*.csv")):
         rows = list(csv.reader(line for _, line in data.read_lines(sample)))
         if len(rows) == n + 1 and all(len(row) == 2 for row in rows):
             return rows[0], [name for name, _ in rows[1:]]
@@ -706,12 +708,16 @@ class Embedded(NamedTuple):
 def save_embeddings(path, embedded):
     """Write path, in float16 if it ends in .f16.npy, and beside it a .txt with lines of image, tab, name."""
     dtype = np.float16 if path.stem.endswith(".f16") else np.float32
+    listing = path.with_suffix(".txt")
+    names = embedded.names or [""] * len(embedded.files)
+    for name in [*embedded.files, *names]:
+        if re.search(r"[\t\r\n]", name):
+            raise ValueError(f"{name!r} has a tab or a line break, which {listing} cannot hold; rename it")
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(embedded.z, dtype))
     data.write(path, buffer.getbuffer())
-    names = embedded.names or [""] * len(embedded.files)
     lines = map("{}\t{}\n".format, embedded.files, names)
-    data.write(path.with_suffix(".txt"), "".join(lines))
+    data.write(listing, "".join(lines))
 
 
 def check_replaceable(path):
@@ -723,7 +729,7 @@ def check_replaceable(path):
         rows = len(np.load(data.regular(path), mmap_mode="r"))
         lines = data.regular(listing).read_bytes().split(b"\n")[:-1]
         is_ours = len(lines) == rows and all(b"\t" in line for line in lines)
-    except (OSError, EOFError, ValueError, TypeError):
+    except Exception:                                       # as in load_embeddings()
         is_ours = False
     if not is_ours:
         raise ValueError(f"--save-embeddings writes {path} and {listing}, and what lies there is not of that kind;"
@@ -734,7 +740,9 @@ def load_embeddings(path):
     """Embedded as save_embeddings() wrote it; z stays on the disk, as a memory map of any kind of number."""
     try:
         z = np.load(data.regular(path), mmap_mode="r")
-    except (EOFError, ValueError, TypeError, OverflowError):
+    except OSError:
+        raise
+    except Exception:                                       # half a dozen kinds, by where the file is broken
         raise ValueError(f"{path}: not what --save-embeddings wrote; save it anew") from None
     if not isinstance(z, np.ndarray) or z.dtype.kind not in "biuf":
         raise ValueError(f"{path}: not an array of numbers; save it anew with --save-embeddings")
@@ -760,7 +768,7 @@ def check_unit_rows(path, z, block=4096):
             data.release_pages(z)
 
 
-def load_or_embed(net, trained, folder, project, mirror):
+def load_or_embed(net, trained, folder, project, mirror, max_unreadable=0.01):
     """Embedded images of a folder in any layout, of one file, or of a .npy file of save_embeddings().
 
     trained: the checkpoint's arguments.
@@ -777,7 +785,7 @@ def load_or_embed(net, trained, folder, project, mirror):
         if skipped:
             print(f"{folder}: {len(skipped)} files skipped, such as {skipped[0]}, {data.why_skipped(skipped[0])}",
                   file=sys.stderr)
-    embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror)
+    embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror, max_unreadable)
     return embedded
 
 
@@ -969,7 +977,7 @@ def identify(net, criterion, ckpt, args, threshold_from):
     if calibration is None:
         raise ValueError(f"--probes: {threshold_of(None, None)[1]}")
     people = one_per_person(gallery, args.pool)
-    probes = load_or_embed(net, ckpt["args"], args.probes, project, args.mirror)
+    probes = load_or_embed(net, ckpt["args"], args.probes, project, args.mirror, 0)     # ids are numbers of images
     if people.z.shape[1] != probes.z.shape[1]:
         raise ValueError(f"{args.gallery}: {people.z.shape[1]} numbers an embedding, but the probes have"
                          f" {probes.z.shape[1]}; save it anew with this checkpoint")
@@ -977,7 +985,9 @@ def identify(net, criterion, ckpt, args, threshold_from):
         probes = probes._replace(names=probe_labels(Path(args.probes), len(probes.files)))
 
     # The five best matches of each probe, and nobody below the threshold.
-    scores, found_rows = search(people.z, np.array(probes.z, np.float32), similarity=similarity)    # (P, 5)
+    most = np.unique(people.names, return_counts=True)[1].max()
+    scores, found_rows = search(people.z, np.array(probes.z, np.float32), 4 * most + 1, similarity=similarity)
+    scores, found_rows = best_of_people(people.names, scores, found_rows)                           # (P, 5)
     threshold, why = search_threshold(calibration, args.far or 0.01, len(people.names))
     best = scores[:, 0]
     accepted = best >= threshold
@@ -1046,6 +1056,13 @@ def search_threshold(known, far, size):
         why += f", so a stranger may find somebody at a rate of {1 - (1 - 1 / (impostors + 1)) ** size:.2g}"
     return threshold, (f"that a stranger finds anybody at a rate of {far:g}: in each comparison"
                        f" 1 - (1 - {far:g})^(1/{size}) = {per_pair:.3g}; {why}")
+
+
+def best_of_people(names, scores, rows, k=5):
+    """(scores, rows), (P, k) each, of the best row of each of the k best people; k is their number if that is less."""
+    k = min(k, len(set(names)))
+    keep = np.stack([np.sort(np.unique(names[found], return_index=True)[1])[:k] for found in rows])
+    return np.take_along_axis(scores, keep, 1), np.take_along_axis(rows, keep, 1)
 
 
 def second_best(names, scores):
@@ -1361,6 +1378,10 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
         z = torch.cat(list(embeddings.values()))
         save_embeddings(args.save_embeddings, Embedded(z, files, None))
     result, lines = {}, [faces.note]
+    drawn = faces.val_pairs is not None and faces.val_pairs.path is None
+    if drawn and not args.data and ckpt.get("data_digest", "") not in ("", data.set_digest(faces)):
+        lines.append(f"note: {faces.root} has changed since training, so other people are held out now, and the network"
+                     " may have been trained on them")
     if draws_panel and "train" in sets:
         panel, numbers = embedding_panel(net, criterion, sets["train"])
         result.update(numbers)
@@ -1599,6 +1620,7 @@ def check(args):
     for written in (args.out, args.save_embeddings, args.export):
         if written:
             check_writable(written)
+            check_not_read(written, args)
     if args.probes and not args.gallery:
         raise ValueError("--probes needs --gallery, the images of known people")
     if args.threshold_from[0] and any(map(holds_scores, args.ckpt)):
@@ -1612,6 +1634,13 @@ def check_writable(path):
     folder = Path(os.path.realpath(path)).parent
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{path}: its folder is not there or is read-only; name another")
+
+
+def check_not_read(written, args):
+    """ValueError if a file to write is one that the command reads."""
+    for name in (*args.ckpt, *args.threshold_from, args.pairs, args.gallery, args.probes, args.images):
+        if name and os.path.exists(name) and os.path.exists(written) and os.path.samefile(name, written):
+            raise ValueError(f"{written}: this command reads it; name another")
 
 
 def check_used(args, parser):
