@@ -193,7 +193,7 @@ def images_in(folder, skipped=None):
 
 def read_people(folder, skipped=None):
     """(files, labels) of a folder with one sub-folder a person; labels are the sub-folders' names.
-    skipped: as in images_in()."""
+    skipped: as in images_in(); it gets sub-folders without images as well."""
     files, labels = [], []
     for name in sub_folders(folder):
         if name != "ver_data":
@@ -342,7 +342,7 @@ def find_root(path):
         raise ValueError(f"{path}: no such folder; --data takes the folder that holds cls_data or people's folders")
     found = []
     for pattern in ("cls_data", "*/cls_data", "*/*/cls_data", "*/*/*/cls_data"):
-        if found and pattern.startswith("*/*/*"):           # in a set: a look into everybody's folder
+        if found and pattern.startswith("*/*/*"):           # it would list the folders of all people of that set
             break
         for folder in sorted(path.glob(pattern)):
             if not any(map(is_left_behind, folder.relative_to(path).parts)):
@@ -432,7 +432,7 @@ def describe_missing(root, skipped, lists):
         skipped_for.setdefault(why_skipped(file), []).append(os.path.relpath(file, root))
     for why, files in skipped_for.items():
         more = ", ..." if len(files) > 3 else ""
-        notes.append(f"{len(files)} files skipped, {why}: {', '.join(files[:3])}{more}")
+        notes.append(f"{len(files)} skipped, {why}: {', '.join(files[:3])}{more}")
     return notes
 
 

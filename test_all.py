@@ -552,8 +552,8 @@ def test_data_counts_and_names_what_it_skipped(tmp):
     for name in "Ann/a.heic", "Bo/b", "Bo/c", "Cy/d.txt", "list.txt":
         (tmp / name).touch()
     note = data.load(tmp).note
-    assert "4 files skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c, .." in note
-    assert "1 files skipped, beside the people's folders: loose.png" in note and "list.txt" not in note
+    assert "4 skipped, without an image's suffix: Ann/a.heic, Bo/b, Bo/c, .." in note
+    assert "1 skipped, beside the people's folders: loose.png" in note and "list.txt" not in note
     pictures(tmp, "mix/images/1.png", "mix/2.png")
     pictures(tmp, "deep/Ann/1.png", "deep/Bo/2019/1.png")
     skipped = []
@@ -2293,7 +2293,7 @@ def test_verify_searches_one_image_and_tells_of_images_beside_the_people(tmp):
     out, err = judge(tmp, "--json --gallery known --probes", probe)
     (found,) = json.loads(out)["probes"]
     close(found["score"], identified()["probes"][0]["score"], 1e-5)
-    assert "known: 1 files skipped, such as known/loose.jpg, beside the people's folders" in err
+    assert "known: 1 skipped, such as known/loose.jpg, beside the people's folders" in err
     out, _ = judge(tmp / "known", "--images . --save-embeddings ../z.npy")
     assert "15 images of ." in out and np.load(tmp / "z.npy").shape == (15, 16)
     assert (tmp / "z.skipped.txt").read_text() == "./loose.jpg: beside the people's folders\n"
@@ -2802,7 +2802,7 @@ def test_verify_embeds_a_list_of_files_and_says_what_it_skipped(tmp):
     missing, broken = (tmp / "z.skipped.txt").read_text().splitlines()
     assert "none.jpg: no such file" in missing and "broken.jpg: not a readable image" in broken
     out, _ = judge(tmp, "--images known --save-embeddings k.npy")
-    assert "15 images of known" in out and "1 files skipped, see k.skipped.txt" in out
+    assert "15 images of known" in out and "1 skipped, see k.skipped.txt" in out
     answer(tmp, "--gallery k.npy --probes", folder / "unknown_dev")             # the listing is a gallery's
     write_text(tmp / "only.txt", "known/n0/broken.jpg\n")
     assert "1 of 1 faces are unreadable" in refusal(tmp, "--images only.txt --save-embeddings y.npy")
@@ -2896,8 +2896,10 @@ def test_verify_pools_people_or_compares_single_images_and_tells_the_second_best
     scores, rows = np.array([[4, 3, 2, 1], [8, 7, 6, 5]]), np.array([[1, 0, 2, 3], [3, 2, 1, 0]])
     scores, rows = verify.best_of_people(np.array(["a", "a", "b", "b"]), scores, rows)
     assert scores.tolist() == [[4, 2], [8, 6]] and rows.tolist() == [[1, 2], [3, 1]]
-    assert verify.second_best(single.names, np.array([3, 2, 1])) == ("b", 1)
-    assert verify.second_best(single.names[:2], np.array([3, 2])) == ("", "")
+    scores, rows = verify.best_of_people(single.names, np.array([[3, 2, 1]]), np.array([[0, 1, 2]]))
+    assert (scores.tolist(), rows.tolist()) == ([[3, 1]], [[0, 2]])
+    scores, _ = verify.best_of_people(single.names[:2], np.array([[3, 2]]), np.array([[0, 1]]))
+    assert scores.tolist() == [[3]]                         # of one person there is no second
 
 
 def test_verify_takes_images_without_names_for_a_person_each():

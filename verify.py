@@ -768,7 +768,7 @@ def check_unit_rows(path, z, block=4096):
             data.release_pages(z)
 
 
-def load_or_embed(net, trained, folder, project, mirror, max_unreadable=0.01):
+def load_or_embed(net, trained, folder, project, mirror, max_unreadable=data.MAX_UNREADABLE):
     """Embedded images of a folder in any layout, of one file, or of a .npy file of save_embeddings().
 
     trained: the checkpoint's arguments.
@@ -783,7 +783,7 @@ def load_or_embed(net, trained, folder, project, mirror, max_unreadable=0.01):
         skipped = []
         files, labels = data.read_split(folder, skipped)
         if skipped:
-            print(f"{folder}: {len(skipped)} files skipped, such as {skipped[0]}, {data.why_skipped(skipped[0])}",
+            print(f"{folder}: {len(skipped)} skipped, such as {skipped[0]}, {data.why_skipped(skipped[0])}",
                   file=sys.stderr)
     embedded, _ = embed_files(net, trained, folder, files, labels, project, mirror, max_unreadable)
     return embedded
@@ -802,7 +802,7 @@ def check_same_model(net, trained, path, embedded, project, mirror):
                          f" image, {file}, tells; save it anew")
 
 
-def embed_files(net, trained, folder, files, labels, project, mirror, max_unreadable=0.01):
+def embed_files(net, trained, folder, files, labels, project, mirror, max_unreadable=data.MAX_UNREADABLE):
     """(Embedded, why the unreadable are left out) of a folder's files; labels of each, or None."""
     if not files:
         raise ValueError(f"{folder}: no such folder, or no images in it and its sub-folders; name another")
@@ -835,7 +835,7 @@ def embed_folder(net, criterion, ckpt, args, threshold_from):
     reasons.unlink(missing_ok=True)                         # of an earlier time
     if skipped:
         data.write(reasons, "\n".join(skipped) + "\n")
-        text += f"; {len(skipped)} files skipped, see {reasons}"
+        text += f"; {len(skipped)} skipped, see {reasons}"
     return Outcome(dict(images=len(embedded.z), skipped=skipped), text, {})
 
 
@@ -985,9 +985,10 @@ def identify(net, criterion, ckpt, args, threshold_from):
         probes = probes._replace(names=probe_labels(Path(args.probes), len(probes.files)))
 
     # The five best matches of each probe, and nobody below the threshold.
-    most = np.unique(people.names, return_counts=True)[1].max()
-    scores, found_rows = search(people.z, np.array(probes.z, np.float32), 4 * most + 1, similarity=similarity)
-    scores, found_rows = best_of_people(people.names, scores, found_rows)                           # (P, 5)
+    _, rows_of_each = np.unique(people.names, return_counts=True)
+    k = 4 * rows_of_each.max() + 1                          # among so many rows are five people
+    scores, found_rows = search(people.z, np.array(probes.z, np.float32), k, similarity=similarity)
+    scores, found_rows = best_of_people(people.names, scores, found_rows)   # (P, 5)
     threshold, why = search_threshold(calibration, args.far or 0.01, len(people.names))
     best = scores[:, 0]
     accepted = best >= threshold
@@ -1002,7 +1003,10 @@ def identify(net, criterion, ckpt, args, threshold_from):
         match = str(answers[i]) if accepted[i] else None
         entries.append(dict(image=file, match=match, score=float(best[i]), nearest=predicted[i].tolist()))
         lines.append(f"{file}  {match or 'no match'}  {best[i]:.4f}")
-        rows.append([file, answers[i], best[i], *second_best(predicted[i], scores[i])])
+        second = "", ""                                     # where the gallery has one person
+        if predicted.shape[1] > 1:
+            second = predicted[i, 1], scores[i, 1]
+        rows.append([file, answers[i], best[i], *second])
     out_scores = out.with_name(f"{out.stem}_scores.csv")
     write_csv(out_scores, ["file", "label", "score", "second", "second_score"], rows)
     result = dict(threshold=threshold, probes=entries)
@@ -1060,17 +1064,11 @@ def search_threshold(known, far, size):
 
 def best_of_people(names, scores, rows, k=5):
     """(scores, rows), (P, k) each, of the best row of each of the k best people; k is their number if that is less."""
-    k = min(k, len(set(names)))
-    keep = np.stack([np.sort(np.unique(names[found], return_index=True)[1])[:k] for found in rows])
-    return np.take_along_axis(scores, keep, 1), np.take_along_axis(rows, keep, 1)
-
-
-def second_best(names, scores):
-    """(name, score) of the best row found (5,) that is of another person than the first; empty without one."""
-    others = np.flatnonzero(names != names[0])
-    if not len(others):
-        return "", ""
-    return names[others[0]], scores[others[0]]
+    k, keep = min(k, len(set(names))), []
+    for found in rows:
+        _, first = np.unique(names[found], return_index=True)               # where each person's best row stands
+        keep.append(np.sort(first)[:k])
+    return np.take_along_axis(scores, np.array(keep), 1), np.take_along_axis(rows, np.array(keep), 1)
 
 
 def one_per_person(gallery, pool):
@@ -1363,6 +1361,8 @@ def describe(scores, far, folds=None):
 def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
     """A checkpoint on a list of pairs, or on all that its own or another data set has."""
     faces, panel = find_faces(args, ckpt["args"]), None
+    if threshold_from and not faces.val_pairs:
+        raise ValueError("--threshold-from: does nothing for pairs without labels; leave it out")
     if faces.test_pairs and len(args.ckpt) == 1:
         check_writable(args.out or "submission.csv")
     draws_panel = args.plots and ckpt["args"]["dim"] == 2
@@ -1380,15 +1380,13 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
     result, lines = {}, [faces.note]
     drawn = faces.val_pairs is not None and faces.val_pairs.path is None
     if drawn and not args.data and ckpt.get("data_digest", "") not in ("", data.set_digest(faces)):
-        lines.append(f"note: {faces.root} has changed since training, so other people are held out now, and the network"
-                     " may have been trained on them")
+        lines.append(f"note: {faces.root} has changed since training: others may be held out now, and the network may have"
+                     " been trained on them")
     if draws_panel and "train" in sets:
         panel, numbers = embedding_panel(net, criterion, sets["train"])
         result.update(numbers)
         lines.append("neural collapse of the training embeddings drawn (0: complete):\n    "
                      + "   ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
-    if threshold_from and "val_pairs" not in sets:
-        raise ValueError("--threshold-from: does nothing for pairs without labels; leave it out")
     if "val_pairs" in sets:
         if threshold_from:
             scores["threshold"] = threshold_scores(net, criterion, ckpt, args, threshold_from)
