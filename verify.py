@@ -1380,8 +1380,8 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
     result, lines = {}, [faces.note]
     drawn = faces.val_pairs is not None and faces.val_pairs.path is None
     if drawn and not args.data and ckpt.get("data_digest", "") not in ("", data.set_digest(faces)):
-        lines.append(f"note: {faces.root} has changed since training: others may be held out now, and the network may have"
-                     " been trained on them")
+        lines.append(f"note: {faces.root} has changed since training: others may be held out now, and the network may"
+                     " have been trained on them")
     if draws_panel and "train" in sets:
         panel, numbers = embedding_panel(net, criterion, sets["train"])
         result.update(numbers)
