@@ -1378,8 +1378,9 @@ def evaluate_checkpoint(net, criterion, ckpt, args, threshold_from):
         z = torch.cat(list(embeddings.values()))
         save_embeddings(args.save_embeddings, Embedded(z, files, None))
     result, lines = {}, [faces.note]
-    drawn = faces.val_pairs is not None and faces.val_pairs.path is None
-    if drawn and not args.data and ckpt.get("data_digest", "") not in ("", data.set_digest(faces)):
+    are_drawn = faces.val_pairs is not None and faces.val_pairs.path is None
+    digest_then = ckpt.get("data_digest")
+    if are_drawn and digest_then and not args.data and digest_then != data.set_digest(faces):
         lines.append(f"note: {faces.root} has changed since training: others may be held out now, and the network may"
                      " have been trained on them")
     if draws_panel and "train" in sets:
